@@ -552,10 +552,13 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     """Any registered Gymnasium environment, also one that importing a package registers."""
     gymnasium = require("gymnasium")
     spaces = gymnasium.spaces
+    package, _, registered = name.rpartition(":")
+    if package:
+        require(package)  # registers its environments
     try:
-        gymnasium.spec(name)  # imports the package of a name like package:MyEnv-v0
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        fail(f"unknown environment gymnasium::{name}{nearest(name, gymnasium.registry)} ({error})")
+        gymnasium.spec(registered)
+    except gymnasium.error.Error:
+        fail(f"unknown environment gymnasium::{name}{nearest(registered, gymnasium.registry)}")
 
     def make_one():
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
@@ -743,7 +746,7 @@ def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> Episod
     slot = jnp.where(ended & (number > new - 100), (stats.episodes + number - 1) % 100, 100)
     last = [
         ring.at[slot].set(total.reshape(-1), mode="drop")
-        for ring, total in zip((stats.last_returns, stats.last_lengths), totals)
+        for ring, total in zip((stats.last_returns, stats.last_lengths), totals, strict=True)
     ]
     return EpisodeStats(*running, *last, stats.episodes + new)
 
@@ -844,30 +847,35 @@ def checkpoints(run_dir: Path) -> Any:
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
+    folder, handler = (run_dir / "checkpoints").resolve(), ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
     import orbax.checkpoint as ocp
 
-    manager = checkpoints(run_dir)
-    if manager.latest_step() != iteration:
-        manager.save(iteration, args=ocp.args.StandardSave(state))
-    manager.close()
+    with checkpoints(run_dir) as manager:
+        if manager.latest_step() != iteration:
+            manager.save(iteration, args=ocp.args.StandardSave(state))
 
 
 def load_checkpoint(run_dir: Path, like: Any) -> Any:
-    """The last complete checkpoint, with the structure and shapes of `like`."""
+    """The last complete checkpoint of a state with the structure and shapes of `like`."""
     import orbax.checkpoint as ocp
 
-    manager = checkpoints(run_dir)
-    if manager.latest_step() is None:
-        fail(f"{run_dir} has no checkpoint: start it anew")
-    try:
-        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
-    except (ValueError, KeyError, TypeError) as error:
-        first_line = str(error).splitlines()[0]
-        fail(f"the checkpoint in {run_dir} is of another network or environment ({first_line})")
+    def stored(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    with checkpoints(run_dir) as manager:
+        last = manager.latest_step()
+        if last is None:
+            fail(f"{run_dir} has no checkpoint to resume from: start a new run")
+        found = sorted(tuple(x.shape) for x in jax.tree.leaves(manager.item_metadata(last)))
+        if found != sorted(stored(x).shape for x in jax.tree.leaves(like)):
+            fail(
+                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+            )
+        return manager.restore(last, args=ocp.args.StandardRestore(like))
 
 
 class Logger:

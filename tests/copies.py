@@ -1,0 +1,76 @@
+"""Keeps the copies in the scripts honest.
+
+The scripts share no library: each holds all that it needs. So that the copies stay copies, a
+top-level definition that carries the same name in two scripts must have the same text, unless its
+name is in VARY. The root of the collection is ppo.py: its text is the one that counts, and for a
+name that it does not have, the text in the first script (by name) that has it.
+
+    python tests/copies.py          # lists what differs; exit status 1 if anything does
+    python tests/copies.py --fix    # copies the text that counts over the others
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = "ppo.py"
+VARY = {
+    "Args": "each algorithm has its own flags",
+    "check_args": "and its own conditions on them",
+    "Agent": "the network is the algorithm's",
+    "Transition": "so is what its update needs of a step",
+    "rollout": "and how it acts: memory, noise, threads",
+    "LOSS_METRICS": "each loss has its own parts",
+    "TrainState": "each algorithm carries its own state",
+    "make_train": "the wiring of the algorithm",
+    "update": "what is done with a batch",
+    "evaluate": "an agent with memory carries it along",
+    "main": "names the sibling to use instead, and may start threads",
+}
+
+
+def definitions(text: str) -> dict[str, tuple[int, int]]:
+    """Top-level functions, classes and assigned names -> their first and last line, from 0."""
+    spans = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            spans[node.name] = (first - 1, node.end_lineno)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if isinstance(targets[0], ast.Name):
+                spans[targets[0].id] = (node.lineno - 1, node.end_lineno)
+    return spans
+
+
+def scripts(folder: Path) -> list[Path]:
+    """The scripts of the collection: Python files with a make_train, the root first."""
+    found = [path for path in folder.glob("*.py") if "make_train" in definitions(path.read_text())]
+    return sorted(found, key=lambda path: (path.name != ROOT, path.name))
+
+
+def compare(folder: Path, fix: bool = False) -> list[str]:
+    """-> "script: name differs from source" for each copy that differs; fix also mends them."""
+    source, differences = {}, []
+    for path in scripts(folder):
+        lines = path.read_text().splitlines(keepends=True)
+        # From the last to the first, so that mending one leaves the lines before it in place.
+        for name, (first, last) in reversed(definitions("".join(lines)).items()):
+            if name in VARY:
+                continue
+            origin, text = source.setdefault(name, (path.name, lines[first:last]))
+            if text != lines[first:last]:
+                differences.append(f"{path.name}: {name} differs from {origin}")
+                lines[first:last] = text
+        if fix and "".join(lines) != path.read_text():
+            path.write_text("".join(lines))
+    return differences
+
+
+if __name__ == "__main__":
+    fix = sys.argv[1:] == ["--fix"]
+    if sys.argv[1:] not in ([], ["--fix"]):
+        sys.exit("usage: python tests/copies.py [--fix]")
+    differences = compare(Path(__file__).parent.parent, fix)
+    print("\n".join(differences) or "all copies agree")
+    sys.exit(1 if differences and not fix else 0)

@@ -1,0 +1,321 @@
+"""ppo.py as its users meet it: run, stop, resume, and what it says to bad input."""
+
+import ast
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import ppo
+
+SCRIPT = Path(ppo.__file__)
+SHORT = ["--env-id", "gymnax::CartPole-v1", "--total-timesteps", "16384", "--num-envs", "16"]
+SHORT += ["--num-steps", "32", "--num-minibatches", "4", "--eval-episodes", "5"]
+
+
+def run(*flags, cwd, script=SCRIPT, timeout=300, **environment):
+    command = [sys.executable, str(script), *map(str, flags)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+    )
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(run_dir):
+    """metrics.csv without the two columns that hold the clock."""
+    clock = {"seconds", "charts/SPS"}
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows(run_dir)]
+
+
+def last_checkpoint(run_dir):
+    steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
+
+
+# --- A run and its files --------------------------------------------------------------------------
+
+
+def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "my_ppo.py")
+    done = run(*SHORT, "--num-seeds", 2, cwd=tmp_path, script="my_ppo.py")
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"my_ppo__gymnax-CartPole-v1__1__\d{8}-\d{6}", run_dir.name)
+    assert run_dir.name in done.stdout and "greedy return over 5 episodes" in done.stdout
+    assert "\r" not in done.stdout  # plain lines where there is no terminal
+
+    metrics = rows(run_dir)
+    assert list(metrics[0])[:3] == ["step", "seconds", "seed"]
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    assert expected | set(ppo.LOSS_METRICS) <= set(metrics[0])
+    assert [(row["step"], row["seed"]) for row in metrics[-2:]] == [("16384", "1"), ("16384", "2")]
+    assert (run_dir / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert last_checkpoint(run_dir) == 32
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["script"] == "my_ppo.py" and config["args"]["num_envs"] == 16
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert [seed["seed"] for seed in evaluation["seeds"]] == [1, 2]
+    for seed in evaluation["seeds"]:
+        assert seed["episodes"] == 5 and seed["min"] <= seed["mean"] <= seed["max"]
+    low, high = evaluation["iqm_ci95"]
+    assert low <= evaluation["iqm"] <= high
+
+
+def test_target_return_stops_the_run(tmp_path):
+    done = run(*SHORT, "--total-timesteps", 500_000, "--target-return", 100, cwd=tmp_path)
+    assert "target return 100 reached" in done.stdout, done.stdout + done.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    metrics = rows(run_dir)
+    before, last = [float(row["charts/episodic_return"]) for row in metrics[-2:]]
+    assert before < 100 <= last
+    assert int(metrics[-1]["step"]) < 500_000
+
+
+def test_tensorboard_and_offline_weights_and_biases(tmp_path):
+    flags = [*SHORT, "--tensorboard", "--track", "--run-dir", "here"]
+    done = run(*flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "here").glob("events.out.tfevents.*"))
+    assert list((tmp_path / "here" / "wandb").glob("offline-run-*"))
+
+
+# --- Stop and resume ------------------------------------------------------------------------------
+
+
+def start(*flags, cwd):
+    """The script as a child process with its output in `output`."""
+    with open(cwd / "output", "a") as output:
+        command = [sys.executable, str(SCRIPT), *map(str, flags)]
+        return subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_killed_run_resumes_exactly(tmp_path, num_seeds):
+    """N + M iterations equal N, SIGKILL, resume, M: bit for bit, metrics.csv and last state."""
+    flags = [*SHORT, "--total-timesteps", 102_400, "--checkpoint-every", 20]
+    flags += ["--num-seeds", num_seeds]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*flags, "--run-dir", whole, cwd=tmp_path).returncode == 0
+
+    process = start(*flags, "--run-dir", killed, cwd=tmp_path)
+    wait_for(lambda: last_checkpoint(killed) >= 40, process)
+    process.kill()
+    process.wait()
+    iteration = last_checkpoint(killed)
+    assert 40 <= iteration < 200
+    # What a kill in the middle of a write leaves behind: a torn row, rows after the checkpoint,
+    # and a checkpoint that was never finished.
+    with (killed / "metrics.csv").open("a") as file:
+        file.write("99999,1.0,1,1,1,1,1,1,1,1,1,1,1,1\n102400,1.0")
+    shutil.copytree(
+        killed / "checkpoints" / str(iteration),
+        killed / "checkpoints" / f"{iteration + 20}.orbax-checkpoint-tmp",
+    )
+    done = run("--resume", killed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    assert timeless(killed) == timeless(whole)
+    states = []
+    for run_dir in (whole, killed):
+        args = ppo.Args(
+            **json.loads((whole / "config.json").read_text())["args"] | {"run_dir": None}
+        )
+        env = ppo.make_env(args.env_id, args.num_envs)
+        init, key = ppo.make_train(args, env)[0], jax.random.key(0)
+        if num_seeds > 1:
+            init, key = jax.vmap(init), jax.random.split(key, num_seeds)
+        states.append(ppo.load_checkpoint(run_dir, jax.jit(init)(key)))
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_resumes(tmp_path, number, status):
+    here = tmp_path / "here"
+    process = start(*SHORT, "--total-timesteps", 2_000_000, "--run-dir", here, cwd=tmp_path)
+    wait_for(lambda: (here / "metrics.csv").exists(), process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert "--resume" in (tmp_path / "output").read_text()
+    saved = last_checkpoint(here) * 16 * 32
+    assert saved == int(rows(here)[-1]["step"]) and (here / "learning_curve.png").exists()
+
+    done = run("--resume", here, "--total-timesteps", saved + 16384, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [int(row["step"]) for row in rows(here)]
+    seconds = [float(row["seconds"]) for row in rows(here)]
+    assert steps == sorted(set(steps)) and steps[-1] == saved + 16384
+    assert seconds == sorted(seconds)
+
+
+def test_a_host_simulator_resumes_with_new_episodes_and_says_so(tmp_path):
+    flags = [*SHORT, "--env-id", "envpool::CartPole-v1", "--run-dir", "here"]
+    assert run(*flags, cwd=tmp_path).returncode == 0
+    done = run("--resume", "here", "--total-timesteps", 32768, cwd=tmp_path)
+    assert done.returncode == 0 and "new episodes start here" in done.stdout, done.stderr
+    assert int(rows(tmp_path / "here")[-1]["step"]) == 32768
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = [*SHORT, "--learning-rate", "1e30", "--checkpoint-every", 16, "--run-dir", "here"]
+    done = run(*flags, cwd=tmp_path)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert "not finite" in message or "nan or inf" in message
+    assert "Traceback" not in done.stderr and "none" in message
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "unknown suite": (["--env-id", "gymnaz::CartPole-v1"], "gymnax"),
+    "no suite": (["--env-id", "CartPole-v1"], "gymnasium::CartPole-v1"),
+    "unknown gymnax id": (["--env-id", "gymnax::CartPol-v1"], "CartPole-v1"),
+    "unknown gymnasium id": (["--env-id", "gymnasium::CartPol-v1"], "CartPole"),
+    "unknown package": (["--env-id", "gymnasium::no_package:MyEnv-v0"], "no_package"),
+    "unknown envpool id": (["--env-id", "envpool::LunarLandr-v3"], "LunarLander-v3"),
+    "unknown craftax id": (["--env-id", "craftax::Craftax-Symbolik-v1"], "Craftax-Symbolic-v1"),
+    "continuous gymnax": (["--env-id", "gymnax::Pendulum-v1"], "ppo_continuous.py"),
+    "continuous envpool": (["--env-id", "envpool::HalfCheetah-v5"], "ppo_continuous.py"),
+    "continuous gymnasium": (["--env-id", "gymnasium::Pendulum-v1"], "ppo_continuous.py"),
+    "indivisible batch": (["--num-minibatches", "7"], "take one of [1, 2, 4, 8]"),
+    "less than a batch": (["--total-timesteps", "100"], "8192"),
+    "no environments": (["--num-envs", "0"], "--num-envs must be at least 1"),
+    "negative steps": (["--num-steps", "-1"], "--num-steps must be at least 1"),
+    "no minibatches": (["--num-minibatches", "0"], "--num-minibatches must be at least 1"),
+    "gamma": (["--gamma", "1.01"], "--gamma must be at most 1"),
+    "lambda": (["--gae-lambda", "-0.1"], "--gae-lambda must be at least 0"),
+    "nan": (["--learning-rate", "nan"], "--learning-rate must be at least 0"),
+    "several seeds of a host suite": (["--num-seeds", "2"], "--num-seeds"),
+    "mask out of range": (["--mask-obs", "1", "8"], "0 to 7"),
+    "mask of all": (["--mask-obs", *"01234567"], "not all"),
+    "kwargs no JSON": (["--env-kwargs", "{gravity}"], "--env-kwargs"),
+    "kwargs no object": (["--env-kwargs", "[1]"], "--env-kwargs"),
+    "kwargs unknown": (["--env-kwargs", '{"gravitation": 1}'], "gravitation"),
+    "no such run": (["--resume", "nowhere"], "nowhere"),
+    "another evaluation": (["--eval-env-id", "gymnax::CartPole-v1"], "other observations"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_input_is_one_clear_line_and_status_2(case, tmp_path, monkeypatch, capfd):
+    flags, hint = BAD_FLAGS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main(ppo.parse_args())
+    error = [line for line in capfd.readouterr().err.splitlines() if "WARN" not in line]
+    error = [line for line in error if "gym.logger" not in line and line.strip()]
+    assert stop.value.code == 2
+    assert len(error) == 1 and hint in error[0], error
+    assert list(tmp_path.iterdir()) == []  # no folder of a run that never began
+
+
+def test_resume_of_what_does_not_fit(tmp_path):
+    assert run(*SHORT, "--run-dir", "here", cwd=tmp_path).returncode == 0
+    config = (tmp_path / "here" / "config.json").read_text()
+
+    def refused(*flags, script=SCRIPT):
+        done = run(*flags, cwd=tmp_path, script=script)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert (tmp_path / "here" / "config.json").read_text() == config  # nothing is lost
+        return done.stderr
+
+    assert "network or environment" in refused("--resume", "here", "--hidden-size", 32)
+    assert "network or environment" in refused("--resume", "here", "--num-envs", 32)
+    assert "holds a run already" in refused(*SHORT, "--run-dir", "here")
+    shutil.copy(SCRIPT, tmp_path / "other.py")
+    assert "a run of ppo.py" in refused("--resume", "here", script=tmp_path / "other.py")
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused(*SHORT, "--run-dir", "file/here")
+    shutil.rmtree(tmp_path / "here" / "checkpoints")
+    assert "no checkpoint" in refused("--resume", "here")
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(SystemExit) as stop:
+        ppo.require("tensorboardX")
+    assert stop.value.code == 2 and "pip install 'tensorboardX'" in capsys.readouterr().err
+
+
+def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
+    (tmp_path / "my_package.py").write_text(
+        textwrap.dedent(
+            """
+            import gymnasium
+
+            class MyEnv(gymnasium.Env):
+                observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+                action_space = gymnasium.spaces.Discrete(2)
+                steps = 0
+
+                def reset(self, seed=None, options=None):
+                    return self.observation_space.sample(), {}
+
+                def step(self, action):
+                    self.steps += 1
+                    if self.steps == 40:
+                        raise RuntimeError("the motor is on fire")
+                    return self.observation_space.sample(), 1.0, self.steps % 10 == 0, False, {}
+
+            gymnasium.register("MyEnv-v0", MyEnv)
+            """
+        )
+    )
+    flags = [*SHORT, "--env-id", "gymnasium::my_package:MyEnv-v0"]
+    done = run(*flags, cwd=tmp_path, timeout=120, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("RuntimeError: the motor is on fire")
+    assert 'my_package.py", line' in done.stderr.split("jax.io_callback failed")[-1]
+
+
+# --- The flags themselves -------------------------------------------------------------------------
+
+
+def test_every_flag_is_read_and_explained():
+    tree = ast.parse(SCRIPT.read_text())
+    (args,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Args"]
+    fields = [x.target.id for x in args.body if isinstance(x, ast.AnnAssign)]
+    outside = [x for x in tree.body if getattr(x, "name", "") not in ("Args", "check_args")]
+    read = {
+        node.attr
+        for part in [*outside, *[x for x in args.body if isinstance(x, ast.FunctionDef)]]
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("args", "self")
+    }
+    assert set(fields) <= read, set(fields) - read
+    lines = SCRIPT.read_text().splitlines()
+    for field in [x for x in args.body if isinstance(x, ast.AnnAssign)]:
+        assert re.search(r"  # \w.{9,}", lines[field.lineno - 1]), field.target.id

@@ -1,0 +1,374 @@
+"""The algorithm in ppo.py: estimators, losses, randomness, and learning on probe environments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rlax
+
+import ppo
+
+GAMMA, LAMBDA = 0.97, 0.9
+
+
+def trajectory(seed=0, num_steps=40, num_envs=5):
+    """Random rewards, values, dones [T, B] and last_value [B], with V(s_T) != 0."""
+    rng = np.random.default_rng(seed)
+    rewards, values = rng.normal(size=(2, num_steps, num_envs)).astype(np.float32)
+    dones = rng.random((num_steps, num_envs)) < 0.15
+    return rewards, values, dones, rng.normal(size=num_envs).astype(np.float32)
+
+
+# --- Advantages -----------------------------------------------------------------------------------
+
+
+def test_gae_of_lambda_1_is_the_discounted_return_minus_the_value():
+    rewards, values, dones, last_value = trajectory()
+    advantages, returns = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, 1.0)
+    expected, future = np.zeros_like(rewards), last_value
+    for t in reversed(range(len(rewards))):
+        future = rewards[t] + GAMMA * np.where(dones[t], 0.0, future)
+        expected[t] = future
+    np.testing.assert_allclose(returns, expected, atol=1e-4)
+    np.testing.assert_allclose(advantages, expected - values, atol=1e-4)
+
+
+def test_gae_of_lambda_0_is_the_td_error():
+    rewards, values, dones, last_value = trajectory()
+    advantages, _ = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, 0.0)
+    following = np.concatenate([values[1:], last_value[None]])
+    expected = rewards + GAMMA * np.where(dones, 0.0, following) - values
+    np.testing.assert_allclose(advantages, expected, atol=1e-5)
+
+
+def test_gae_of_two_episodes_in_a_row_is_that_of_each_alone():
+    rewards, values, _, last_value = trajectory()
+    dones = np.zeros_like(rewards, bool)
+    dones[16] = True  # the first episode has 17 steps
+    joint, _ = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, LAMBDA)
+    first = ppo.compute_gae(
+        rewards[:17], values[:17], dones[:17], np.full_like(last_value, 1e3), GAMMA, LAMBDA
+    )[0]  # the value behind the end, here 1000, must not matter
+    second = ppo.compute_gae(rewards[17:], values[17:], dones[17:], last_value, GAMMA, LAMBDA)[0]
+    np.testing.assert_allclose(joint, np.concatenate([first, second]), atol=1e-5)
+
+
+def test_gae_agrees_with_rlax_with_ends_and_time_limits():
+    """rlax takes V(s_{t+1}) of each step apart, so it can be given V(next_obs) at a time limit."""
+    rewards, values, dones, last_value = trajectory()
+    truncated = dones & (np.random.default_rng(1).random(dones.shape) < 0.5)
+    final_values = np.random.default_rng(2).normal(size=dones.shape).astype(np.float32) * truncated
+    advantages, _ = ppo.compute_gae(
+        rewards + GAMMA * final_values, values, dones, last_value, GAMMA, LAMBDA
+    )
+    for b in range(dones.shape[1]):
+        # Each episode alone, as rlax's estimator bootstraps from values[-1] only at the end.
+        start, expected = 0, []
+        for end in [*(np.flatnonzero(dones[:, b]) + 1), len(rewards)]:
+            if end == start:
+                continue
+            cut = final_values[end - 1, b] if dones[end - 1, b] else last_value[b]
+            discounts = np.full(end - start, GAMMA, np.float32)
+            if dones[end - 1, b] and not truncated[end - 1, b]:
+                discounts[-1] = 0.0
+            expected.append(
+                rlax.truncated_generalized_advantage_estimation(
+                    rewards[start:end, b],
+                    discounts,
+                    LAMBDA,
+                    np.append(values[start:end, b], np.float32(cut)),
+                )
+            )
+            start = end
+        np.testing.assert_allclose(advantages[:, b], np.concatenate(expected), atol=1e-4)
+
+
+# --- Rollout and loss -----------------------------------------------------------------------------
+
+
+def small_args(**changes):
+    fields = {"num_envs": 8, "num_steps": 32, "num_minibatches": 4, "total_timesteps": 8 * 32 * 10}
+    return ppo.Args(**{"env_id": "gymnax::CartPole-v1", **fields, **changes})
+
+
+def short_cartpole(args):
+    return ppo.make_env(args.env_id, args.num_envs, env_kwargs='{"max_steps_in_episode": 7}')
+
+
+def test_the_ratio_is_1_before_the_first_update():
+    args = small_args()
+    env = short_cartpole(args)
+    state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
+    _, obs, batch = ppo.rollout(
+        state.agent, env, state.env_state, state.obs, jax.random.key(1), args.num_steps
+    )
+    assert batch.done.sum() > 8  # the rollout crosses episode ends
+    pi, value = state.agent(batch.obs)
+    assert jnp.abs(jnp.exp(pi.log_prob(batch.action) - batch.logprob) - 1).max() < 1e-5
+    np.testing.assert_allclose(value, batch.value, atol=1e-5)
+    # The value that the advantages bootstrap from is that of the next rollout's first step.
+    _, _, following = ppo.rollout(state.agent, env, state.env_state, obs, jax.random.key(2), 1)
+    np.testing.assert_allclose(state.agent(obs)[1], following.value[0], atol=1e-6)
+
+
+def test_the_loss_at_ratio_1_is_what_the_paper_says():
+    args = small_args(norm_adv=False, ent_coef=0.3, vf_coef=0.7)
+    env = short_cartpole(args)
+    state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
+    _, _, batch = ppo.rollout(state.agent, env, state.env_state, state.obs, jax.random.key(1), 8)
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    advantages, returns = jax.random.normal(jax.random.key(2), (2, *batch.value.shape))
+    loss, metrics = ppo.ppo_loss(state.agent, batch, advantages, returns, args)
+    entropy = np.log(2)  # two actions, nearly uniform at the start
+    expected = (
+        -advantages.mean() - 0.3 * entropy + 0.7 * 0.5 * ((batch.value - returns) ** 2).mean()
+    )
+    np.testing.assert_allclose(loss, expected, atol=1e-3)
+    assert metrics["losses/clipfrac"] == 0 and abs(metrics["losses/approx_kl"]) < 1e-6
+
+
+@pytest.mark.parametrize(("advantage", "moves"), [(1.0, False), (-1.0, True)])
+def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
+    """At ratio 1.5 a good action has no gradient left, a bad one still has (eq. 7)."""
+    args = small_args(norm_adv=False, ent_coef=0.0, vf_coef=0.0)
+    env = short_cartpole(args)
+    state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
+    obs = jax.random.normal(jax.random.key(1), (16, 4))
+    pi, value = state.agent(obs)
+    action = jnp.zeros(16, jnp.int32)
+    logprob = pi.log_prob(action) - jnp.log(1.5)
+    zeros = jnp.zeros(16)
+    batch = ppo.Transition(obs, action, logprob, value, zeros, zeros == 1, zeros)
+    grads = jax.grad(ppo.ppo_loss, has_aux=True)(
+        state.agent, batch, jnp.full(16, advantage), zeros, args
+    )[0]
+    assert (max(jnp.abs(x).max() for x in jax.tree.leaves(grads)) > 1e-4) == moves
+
+
+def test_target_kl_ends_the_epochs_early():
+    def last_kl(target_kl):
+        args = small_args(update_epochs=20, target_kl=target_kl, learning_rate=0.01)
+        init, train_iteration = ppo.make_train(args, short_cartpole(args))
+        return jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[1]["losses/approx_kl"]
+
+    assert last_kl(0.003) < last_kl(None)
+
+
+def test_random_order_is_a_permutation_that_is_uniform():
+    sizes = [1, 2, 6, 512, 1000]
+    for size in sizes:
+        order = ppo.random_order(jax.random.key(size), size)
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    orders = jax.vmap(lambda key: ppo.random_order(key, 6))(
+        jax.random.split(jax.random.key(0), 6000)
+    )
+    counts = np.stack([np.bincount(orders[:, place], minlength=6) for place in range(6)])
+    chi2 = ((counts - 1000) ** 2 / 1000).sum()
+    assert chi2 < 25 + 5 * 50**0.5  # 25 degrees of freedom: mean 25, variance 50
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def run_iterations(args, env, num_iterations, key=None):
+    init, train_iteration = ppo.make_train(args, env)
+    state, train_iteration = jax.jit(init)(jax.random.key(args.seed)), jax.jit(train_iteration)
+    for _ in range(num_iterations):
+        state, metrics = train_iteration(state)
+    return state, metrics
+
+
+@pytest.mark.parametrize("env_id", ["gymnax::CartPole-v1", "envpool::CartPole-v1"])
+def test_a_seed_determines_the_metrics(env_id):
+    def metrics(seed):
+        args = small_args(env_id=env_id, seed=seed)
+        return run_iterations(args, ppo.make_env(env_id, args.num_envs, seed), 3)[1]
+
+    first, again, other = metrics(1), metrics(1), metrics(2)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+    assert first["losses/value_loss"] != other["losses/value_loss"]
+
+
+def test_a_seed_among_several_is_the_seed_alone():
+    args = small_args()
+    env = short_cartpole(args)
+    init, train_iteration = ppo.make_train(args, env)
+    states = jax.jit(jax.vmap(init))(jax.vmap(jax.random.key)(jnp.arange(3)))
+    states, metrics = jax.jit(jax.vmap(train_iteration))(states)
+    train_alone = jax.jit(train_iteration)
+    for k in range(3):
+        alone, metrics_alone = train_alone(jax.jit(init)(jax.random.key(k)))
+        for several, single in zip(jax.tree.leaves(states), jax.tree.leaves(alone), strict=True):
+            if jnp.issubdtype(single.dtype, jnp.floating):
+                np.testing.assert_allclose(several[k], single, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            metrics["losses/value_loss"][k], metrics_alone["losses/value_loss"], rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("env_id", ["gymnax::CartPole-v1", "gymnax::Breakout-MinAtar"])
+def test_no_random_key_is_used_twice(env_id):
+    args = small_args(env_id=env_id)
+    env = ppo.make_env(env_id, args.num_envs)
+    init, train_iteration = ppo.make_train(args, env)
+    with jax.debug_key_reuse(True):
+        state = jax.jit(init)(jax.random.key(0))
+        state, _ = jax.jit(train_iteration)(state)
+        jax.jit(lambda agent, key: ppo.evaluate(agent, env, key, 5))(state.agent, jax.random.key(1))
+
+
+def test_the_learning_rate_falls_to_0():
+    args = small_args(learning_rate=0.5)
+    init, train_iteration = ppo.make_train(args, short_cartpole(args))
+    state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+    rates = []
+    for _ in range(args.num_iterations):
+        state, metrics = train_iteration(state)
+        rates.append(float(metrics["charts/learning_rate"]))
+    np.testing.assert_allclose(rates, 0.5 * (1 - np.arange(10) / 10), rtol=1e-6)
+
+
+def test_record_episodes_agrees_with_a_plain_loop():
+    rng = np.random.default_rng(0)
+    stats, running = ppo.init_stats(4), np.zeros((4, 2))
+    finished = []
+    for _ in range(6):
+        rewards, dones = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.2
+        stats = ppo.record_episodes(stats, rewards, dones)
+        for reward, done in zip(rewards, dones, strict=True):
+            running += np.stack([reward, np.ones(4)], axis=1)
+            finished += [tuple(x) for x in running[done]]
+            running[done] = 0.0
+        assert stats.episodes == len(finished)
+        mean_return, mean_length = np.mean(finished[-100:], axis=0)
+        metrics = ppo.episode_metrics(stats)
+        np.testing.assert_allclose(metrics["charts/episodic_return"], mean_return, atol=1e-4)
+        np.testing.assert_allclose(metrics["charts/episodic_length"], mean_length, atol=1e-4)
+    assert len(finished) > 200  # the ring of 100 went round
+
+
+# --- Probe environments: each isolates one part of the agent --------------------------------------
+
+NUM_ENVS = 16
+
+
+def probe(observe, reward, terminated=None, truncated=None, obs_size=1):
+    """Environments with a step counter and a random bit as state, as an Env of ppo.py."""
+    never = lambda time: jnp.zeros(NUM_ENVS, bool)
+    terminated, truncated = terminated or never, truncated or never
+
+    def draw(key):
+        return jnp.zeros(NUM_ENVS, jnp.int32), jax.random.bernoulli(key, shape=(NUM_ENVS,))
+
+    def reset(key):
+        state = draw(key)
+        return state, observe(*state)
+
+    def step(key, state, action):
+        time, bit = state
+        gain = reward(time, bit, action).astype(jnp.float32)
+        ends, cut = terminated(time + 1), truncated(time + 1)
+        moved = (time + 1, bit)
+        fresh = draw(key)
+        state = jax.tree.map(lambda new, old: jnp.where(ends | cut, new, old), fresh, moved)
+        return state, ppo.Timestep(observe(*state), observe(*moved), gain, ends, cut)
+
+    return ppo.Env(reset, step, (obs_size,), 2)
+
+
+def learn(env, num_iterations=60, **changes):
+    fields = {"num_envs": NUM_ENVS, "num_steps": 16, "num_minibatches": 4, "reward_scale": 1.0}
+    fields |= {
+        "learning_rate": 5e-3,
+        "total_timesteps": NUM_ENVS * 16 * num_iterations,
+        "gamma": 0.8,
+    }
+    return run_iterations(ppo.Args(**fields | changes), env, num_iterations)[0].agent
+
+
+def test_probe_value_of_a_reward():
+    """One step, reward 1: V = 1."""
+    blind = lambda time, bit: jnp.zeros((NUM_ENVS, 1))
+    env = probe(blind, lambda time, bit, action: jnp.ones(NUM_ENVS), terminated=lambda t: t >= 1)
+    assert abs(learn(env)(jnp.zeros(1))[1] - 1.0) < 0.05
+
+
+def test_probe_value_depends_on_the_observation():
+    """One step, reward 1 or -1 by the bit that is seen: V(1) = 1, V(0) = -1."""
+    env = probe(
+        lambda time, bit: bit[:, None] * 1.0,
+        lambda time, bit, action: jnp.where(bit, 1.0, -1.0),
+        terminated=lambda t: t >= 1,
+    )
+    value = learn(env)(jnp.array([[0.0], [1.0]]))[1]
+    np.testing.assert_allclose(value, [-1.0, 1.0], atol=0.1)
+
+
+def test_probe_discount():
+    """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
+    env = probe(
+        lambda time, bit: time[:, None] * 1.0,
+        lambda time, bit, action: time == 1,
+        terminated=lambda t: t >= 2,
+    )
+    value = learn(env)(jnp.array([[0.0], [1.0]]))[1]
+    np.testing.assert_allclose(value, [0.8, 1.0], atol=0.1)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_probe_time_limit(limit):
+    """Reward 1 for ever, cut by a time limit: V = 1 / (1 - gamma) = 5, as if there were none."""
+    blind = lambda time, bit: jnp.zeros((NUM_ENVS, 1))
+    env = probe(blind, lambda time, bit, action: jnp.ones(NUM_ENVS), truncated=lambda t: t >= limit)
+    assert abs(learn(env, num_iterations=150)(jnp.zeros(1))[1] - 5.0) < 0.25
+
+
+def test_probe_time_limit_bootstraps_from_the_old_episode():
+    """The observation is the time, 0 after a reset: bootstrapping from V(obs) there would be wrong.
+
+    Reward 1 at time 0 alone, cut after 1 step: V(0) = 1 + gamma V(1). Nothing is learned about
+    V(1), as no step starts there, so V(0) - gamma V(1) must be 1 whatever V(1) is.
+    """
+    env = probe(
+        lambda time, bit: time[:, None] * 1.0,
+        lambda time, bit, action: time == 0,
+        truncated=lambda t: t >= 1,
+    )
+    agent = learn(env, num_iterations=150)
+    value = agent(jnp.array([[0.0], [1.0]]))[1]
+    assert abs(value[0] - 0.8 * value[1] - 1.0) < 0.1
+
+
+def test_probe_policy():
+    """One step, reward 1 if the action is the bit that is seen, else -1."""
+    env = probe(
+        lambda time, bit: bit[:, None] * 1.0,
+        lambda time, bit, action: jnp.where(action == bit, 1.0, -1.0),
+        terminated=lambda t: t >= 1,
+    )
+    probs = learn(env)(jnp.array([[0.0], [1.0]]))[0].probs
+    assert probs[0, 0] > 0.9 and probs[1, 1] > 0.9
+
+
+def test_evaluation_counts_one_episode_in_each_environment():
+    """CartPole's greedy returns equal those of a plain loop; longer episodes do not push others out."""
+    args = small_args()
+    env = ppo.make_env("gymnax::CartPole-v1", 16)
+    agent = run_iterations(args, ppo.make_env("gymnax::CartPole-v1", 8), 3)[0].agent
+    key = jax.random.key(3)
+    returns, lengths = ppo.evaluate(agent, env, key)
+
+    reset_key, key = jax.random.split(key)
+    env_state, obs = env.reset(reset_key)
+    expected, alive = np.zeros(16), np.ones(16, bool)
+    step = jax.jit(env.step)
+    while alive.any():
+        key, env_key = jax.random.split(key)
+        env_state, timestep = step(env_key, env_state, agent(obs)[0].mode())
+        expected += np.where(alive, timestep.reward, 0.0)
+        alive &= ~np.asarray(timestep.terminated | timestep.truncated)
+        obs = timestep.obs
+    np.testing.assert_array_equal(returns, expected)
+    np.testing.assert_array_equal(lengths, expected)  # CartPole gives 1 for each step
+    assert len(set(expected)) > 1
