@@ -71,11 +71,11 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps of each agent
     num_envs: int = 64  # parallel environments
     num_steps: int = 128  # steps in each environment between two updates
-    learning_rate: float = 2.5e-3  # Adam's step size at the start
+    learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
-    gamma: float = 0.995  # discount factor
+    gamma: float = 0.997  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 16  # minibatches in each epoch
+    num_minibatches: int = 32  # minibatches in each epoch
     update_epochs: int = 4  # passes over each batch
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # how far the probability ratio may move from 1

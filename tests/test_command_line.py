@@ -298,6 +298,7 @@ def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
     done = run(*flags, cwd=tmp_path, timeout=120, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.strip().endswith("RuntimeError: the motor is on fire")
+    assert "JaxRuntimeError" not in done.stderr
     assert 'my_package.py", line' in done.stderr.split("jax.io_callback failed")[-1]
 
 

@@ -1,0 +1,166 @@
+"""Steady-state steps/s of PPO on gymnax CartPole-v1 beside rejax, in the same configuration.
+
+    python benchmarks/cartpole_speed.py
+
+64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k steps per timing. The two take
+turns, each in a process of its own that compiles first; rejax lives in a virtual environment that
+this script makes (benchmarks/.venv-rejax). Eight seeds at once are timed against one. The share of
+the peak compares the arithmetic of the matrix products of the networks (forward in the rollout,
+forward and twice that backward in each epoch) with the best large product that JAX reaches here.
+Prints Markdown and writes benchmarks/results/cartpole_speed.csv.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+REJAX = ROOT / "benchmarks" / ".venv-rejax"
+NUM_ENVS, ROUNDS, NUM_STEPS = (4, 64, 2048), 5, 128
+
+
+def calls_of_half_a_million(num_envs: int) -> int:
+    return max(1, 500_000 // (num_envs * NUM_STEPS))
+
+
+def time_ppo(num_envs: int, num_seeds: int) -> float:
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+
+    import ppo
+
+    args = ppo.Args(
+        env_id="gymnax::CartPole-v1",
+        num_envs=num_envs,
+        num_steps=NUM_STEPS,
+        num_minibatches=4,
+        update_epochs=4,
+        total_timesteps=2 * max(500_000, num_envs * NUM_STEPS),
+        learning_rate=5e-4,
+        anneal_lr=False,
+        gamma=0.99,
+        reward_scale=1.0,
+    )
+    init, train_iteration = ppo.make_train(args, ppo.make_env(args.env_id, num_envs))
+    key = jax.random.key(0)
+    if num_seeds > 1:
+        init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
+        key = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+    state, train = ppo.compile_training(init, train_iteration, key)
+    return time_calls(lambda state, n: train(state, n)[0], state, num_envs)
+
+
+def time_rejax(num_envs: int, num_seeds: int) -> float:
+    import jax
+    from rejax import PPO
+
+    steps = calls_of_half_a_million(num_envs) * num_envs * NUM_STEPS
+    algorithm = PPO.create(
+        env="CartPole-v1",
+        agent_kwargs={"activation": "tanh"},
+        num_envs=num_envs,
+        num_steps=NUM_STEPS,
+        num_minibatches=4,
+        num_epochs=4,
+        total_timesteps=steps,
+        eval_freq=steps,
+        learning_rate=5e-4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_eps=0.2,
+        ent_coef=0.01,
+        max_grad_norm=0.5,
+        skip_initial_evaluation=True,
+    )
+
+    def train(state, n):
+        return jax.lax.fori_loop(0, n, lambda _, state: algorithm.train_iteration(state), state)
+
+    state = jax.jit(algorithm.init_state)(jax.random.key(0))
+    return time_calls(jax.jit(train, donate_argnums=0), state, num_envs)
+
+
+def time_calls(train, state, num_envs: int) -> float:
+    """Steps/s of a seed: one call of about 500k steps, after a shorter one to warm up."""
+    import jax
+
+    calls = calls_of_half_a_million(num_envs)
+    state = jax.block_until_ready(train(state, max(1, calls // 4)))
+    start = time.perf_counter()
+    jax.block_until_ready(train(state, calls))
+    return calls * num_envs * NUM_STEPS / (time.perf_counter() - start)
+
+
+def peak() -> float:
+    """GFLOP/s of a large float32 matrix product."""
+    import jax
+    import jax.numpy as jnp
+
+    product, x = jax.jit(lambda x: x @ x), jnp.ones((4096, 4096))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x))
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096**3 / best / 1e9
+
+
+def child(python: Path | str, what: str, num_envs: int = 0, num_seeds: int = 1) -> float:
+    command = [python, __file__, what, str(num_envs), str(num_seeds)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    rejax = REJAX / "bin" / "python"
+    if not rejax.exists():
+        venv.create(REJAX, with_pip=True)
+        subprocess.run(
+            [rejax, "-m", "pip", "install", "-q", "rejax==0.1.3", "gymnax==0.0.9"], check=True
+        )
+    rows = []
+    for num_envs in NUM_ENVS:
+        for number in range(ROUNDS):
+            row = {"num_envs": num_envs, "round": number}
+            row["ppo"] = round(child(sys.executable, "ppo", num_envs))
+            row["rejax"] = round(child(rejax, "rejax", num_envs))
+            row["ppo_8_seeds"] = (
+                round(child(sys.executable, "ppo", num_envs, 8)) if number < 3 else ""
+            )
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    with (ROOT / "benchmarks/results/cartpole_speed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    top = median(child(sys.executable, "peak") for _ in range(3))
+    products = 2 * ((4 * 64 + 64 * 64 + 64 * 2) + (4 * 64 + 64 * 64 + 64))  # FLOP, both networks
+    per_step = products * (1 + 4 * 3) / 1e9  # GFLOP
+    print("| environments | ppo.py | rejax | ratio | share of the peak | 8 seeds cost |")
+    print("|---|---|---|---|---|---|")
+    for num_envs in NUM_ENVS:
+        mine = [row for row in rows if row["num_envs"] == num_envs]
+        ours, theirs = [median(row[name] for row in mine) for name in ("ppo", "rejax")]
+        ratio = median(row["ppo"] / row["rejax"] for row in mine)
+        seeds = median(row["ppo"] / row["ppo_8_seeds"] for row in mine if row["ppo_8_seeds"])
+        share = ours * per_step / top
+        print(
+            f"| {num_envs} | {ours:,} | {theirs:,} | {ratio:.2f} | {share:.0%} | {seeds:.1f} x one |"
+        )
+    print(f"\nsteps/s, medians of {ROUNDS} interleaved runs; peak: {top:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        what, num_envs, num_seeds = sys.argv[1], *map(int, sys.argv[2:])
+        timing = {"ppo": time_ppo, "rejax": time_rejax, "peak": lambda *_: peak()}[what]
+        print(timing(num_envs, num_seeds))
+    else:
+        main()
