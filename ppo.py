@@ -23,7 +23,7 @@ Huang et al. 2022, "The 37 Implementation Details of PPO" ("detail N": its N-th 
     python ppo.py                                             # LunarLander-v3, solved in seconds
     python ppo.py --target-return 200                         # stop as soon as it is solved
     python ppo.py --env-id gymnax::CartPole-v1 --num-seeds 8  # eight seeds in one program
-    python ppo.py --env-id gymnax::Breakout-MinAtar           # images pass through a small CNN
+    python ppo.py --env-id gymnax::Breakout-MinAtar           # small images are flattened
     python ppo.py --env-id gymnasium::my_package:MyEnv-v0     # an environment of your own
     python ppo.py --resume runs/<run>                         # go on where a run was stopped
 
@@ -32,9 +32,11 @@ normalised in each minibatch, rewards are scaled, and a time limit is not taken 
 task (Pardo et al. 2018, arXiv:1712.00378).
 """
 
+import os
 import time
 
 LAUNCHED = time.time()  # before the slow imports, so that `seconds` in metrics.csv counts them
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # if the CPU has AVX-512
 
 import csv
 import dataclasses
@@ -308,7 +310,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent, opt_state, metrics = update(
             agent, opt_state, tx, learning_rate, data, update_key, args
         )
-        explained = 1.0 - jnp.var(returns - batch.value) / jnp.var(returns)
+        explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
         state = TrainState(agent, opt_state, env_state, obs, stats, key, iteration + 1)
@@ -332,9 +334,8 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
     def epoch(carry):
         number, agent, opt_state, key, _ = carry
         key, order_key = jax.random.split(key)
-        indices = random_order(order_key, args.batch_size).reshape(
-            args.num_minibatches, -1
-        )  # [N, M]
+        indices = random_order(order_key, args.batch_size)
+        indices = indices.reshape(args.num_minibatches, -1)  # [N, M]
         (agent, opt_state), metrics = jax.lax.scan(minibatch_step, (agent, opt_state), indices)
         return number + 1, agent, opt_state, key, jax.tree.map(jnp.mean, metrics)
 
