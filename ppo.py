@@ -44,12 +44,14 @@ import difflib
 import json
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import distrax
 import jax
@@ -85,7 +87,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient
-    target_kl: float | None = None  # leave out an update's other epochs once approx_kl exceeds this
+    target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     hidden_size: int = 64  # width of the two hidden layers of actor and critic
     target_return: float | None = None  # stop when the last 100 training episodes average this
@@ -127,23 +129,28 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F]."""
+    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F].
+
+    A convolution is written as its patches times a matrix: on a CPU, the gradient of XLA's own is
+    some twenty times slower inside a compiled loop.
+    """
 
     def __init__(self, obs_shape: tuple[int, ...], rngs: nnx.Rngs):
         *size, channels = obs_shape
-        convs = []
-        for features, width, stride in [(32, 8, 4), (64, 4, 2), (64, 3, 1)]:
-            init = nnx.initializers.orthogonal(2**0.5)
-            options = {"strides": stride, "padding": "VALID", "kernel_init": init, "rngs": rngs}
-            convs.append(nnx.Conv(channels, features, (width, width), **options))
+        self.windows, layers = ((8, 4), (4, 2), (3, 1)), []
+        for (width, stride), features in zip(self.windows, (32, 64, 64), strict=True):
+            layers.append(linear(width * width * channels, features, 2**0.5, rngs))
             size, channels = [(n - width) // stride + 1 for n in size], features
-        self.convs = nnx.List(convs)
+        self.layers = nnx.List(layers)
         self.out_size = size[0] * size[1] * channels
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        for conv in self.convs:
-            x = nnx.relu(conv(x))
+        for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
+            rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
+            shifts = [(i, j) for i in range(width) for j in range(width)]
+            parts = [x[..., i : i + rows : stride, j : j + cols : stride, :] for i, j in shifts]
+            x = nnx.relu(layer(jnp.concatenate(parts, axis=-1)))  # [..., H', W', features]
         return x.reshape(*x.shape[:-3], self.out_size)
 
 
@@ -187,7 +194,7 @@ def rollout(agent: Agent, env: "Env", env_state: Any, obs: Array, key: Array, nu
         pi, value = agent(obs)
         action, logprob = pi.sample_and_log_prob(seed=action_key)
         env_state, timestep = env.step(env_key, env_state, action)
-        # The task goes on behind a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
+        # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
             cut.any(),
@@ -195,8 +202,8 @@ def rollout(agent: Agent, env: "Env", env_state: Any, obs: Array, key: Array, nu
             lambda: jnp.zeros_like(value),
         )
         done = timestep.terminated | timestep.truncated
-        step = Transition(obs, action, logprob, value, timestep.reward, done, final_value)
-        return (env_state, timestep.obs), step
+        transition = Transition(obs, action, logprob, value, timestep.reward, done, final_value)
+        return (env_state, timestep.obs), transition
 
     (env_state, obs), batch = jax.lax.scan(act_and_step, (env_state, obs), (action_keys, env_keys))
     return env_state, obs, batch
@@ -208,10 +215,11 @@ def rollout(agent: Agent, env: "Env", env_state: Any, obs: Array, key: Array, nu
 def compute_gae(
     rewards: Array, values: Array, dones: Array, last_value: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimation, arXiv:1506.02438, eq. 12 and 16 -> advantages, returns.
+    """Generalised advantage estimation, arXiv:1506.02438, eq. 16 -> advantages, returns.
 
-    rewards, values, dones and both results: [T, B]; last_value: [B], V of the observation after
-    the last step. Where a time limit cut the episode, add gamma * V(next_obs) to the reward first.
+    rewards, values, dones (bool) and both results: [T, B]; last_value: [B], V of the observation
+    after the last step. Where a time limit cut the episode, first add gamma * V(next_obs) to the
+    reward.
     """
     next_values = jnp.concatenate([values[1:], last_value[None]])  # [T, B]
     deltas = rewards + gamma * next_values * ~dones - values  # [T, B], TD errors
@@ -332,29 +340,30 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
         return (agent, opt_state), metrics
 
     def epoch(carry):
-        number, agent, opt_state, key, _ = carry
-        key, order_key = jax.random.split(key)
+        key, order_key = jax.random.split(carry["key"])
         indices = random_order(order_key, args.batch_size)
         indices = indices.reshape(args.num_minibatches, -1)  # [N, M]
-        (agent, opt_state), metrics = jax.lax.scan(minibatch_step, (agent, opt_state), indices)
-        return number + 1, agent, opt_state, key, jax.tree.map(jnp.mean, metrics)
+        train, metrics = jax.lax.scan(minibatch_step, carry["train"], indices)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return {"epoch": carry["epoch"] + 1, "key": key, "train": train, "metrics": metrics}
 
-    def near(carry):
-        number, *_, metrics = carry
-        target_kl = jnp.inf if args.target_kl is None else args.target_kl
-        return (number < args.update_epochs) & (metrics["losses/approx_kl"] <= target_kl)
+    def keep_going(carry):
+        more = carry["epoch"] < args.update_epochs
+        if args.target_kl is None:
+            return more
+        return more & (carry["metrics"]["losses/approx_kl"] <= args.target_kl)
 
     metrics = {name: jnp.float32(0.0) for name in LOSS_METRICS}
-    _, agent, opt_state, _, metrics = jax.lax.while_loop(
-        near, epoch, (0, agent, opt_state, key, metrics)
-    )
-    return agent, opt_state, metrics
+    carry = {"epoch": 0, "key": key, "train": (agent, opt_state), "metrics": metrics}
+    carry = jax.lax.while_loop(keep_going, epoch, carry)
+    return *carry["train"], carry["metrics"]
 
 
 def random_order(key: Array, size: int) -> Array:
-    """range(size) shuffled (detail 6), four times as fast on a CPU as jax.random.permutation.
+    """range(size) in random order (detail 6), four times as fast on a CPU as jax.random.permutation.
 
-    It sorts once, and single words: the index in the low bits below random high bits.
+    It sorts once, and single words: random high bits above the index in the low bits. Where the
+    high bits of two words agree they stay in order, which is rare and does not matter here.
     """
     low_bits = jnp.uint32(2 ** (size - 1).bit_length() - 1)
     words = (jax.random.bits(key, (size,)) & ~low_bits) | jnp.arange(size, dtype=jnp.uint32)
@@ -375,20 +384,24 @@ def evaluate(agent: Agent, env: "Env", key: Array, max_steps: int = 108_000) -> 
     zeros = jnp.zeros(obs.shape[0])
 
     def playing(carry):
-        *_, step, alive = carry
-        return alive.any() & (step < max_steps)
+        _, totals = carry
+        return totals["alive"].any() & (totals["length"].max() < max_steps)
 
     def act_and_step(carry):
-        env_state, obs, key, returns, lengths, step, alive = carry
+        (env_state, obs, key), totals = carry
         key, env_key = jax.random.split(key)
         env_state, timestep = env.step(env_key, env_state, agent(obs)[0].mode())
-        returns, lengths = returns + alive * timestep.reward, lengths + alive
-        alive = alive & ~(timestep.terminated | timestep.truncated)
-        return env_state, timestep.obs, key, returns, lengths, step + 1, alive
+        alive = totals["alive"]
+        totals = {
+            "return": totals["return"] + jnp.where(alive, timestep.reward, 0.0),
+            "length": totals["length"] + alive,
+            "alive": alive & ~(timestep.terminated | timestep.truncated),
+        }
+        return (env_state, timestep.obs, key), totals
 
-    carry = (env_state, obs, key, zeros, zeros, 0, zeros == 0)
-    _, _, _, returns, lengths, _, _ = jax.lax.while_loop(playing, act_and_step, carry)
-    return returns, lengths
+    totals = {"return": zeros, "length": zeros, "alive": jnp.ones(obs.shape[0], bool)}
+    _, totals = jax.lax.while_loop(playing, act_and_step, ((env_state, obs, key), totals))
+    return totals["return"], totals["length"]
 
 
 # --- Environment: from here on the text is the same in every script -------------------------------
@@ -413,9 +426,8 @@ class Env(NamedTuple):
     action_size: int  # number of discrete actions, or of entries of a continuous one
     action_low: np.ndarray | None = None
     action_high: np.ndarray | None = None
-
-
-host_errors: list[Exception] = []  # what a simulator raised inside a callback
+    num_states: int = 0  # above 0: observations are numbers below it, and are made one-hot
+    hosted: bool = False  # stepped outside JAX: no vmap over seeds, no state in checkpoints
 
 
 def make_env(
@@ -425,31 +437,30 @@ def make_env(
     env_kwargs: str = "{}",
     mask_obs: tuple[int, ...] = (),
 ) -> Env:
-    """Builds num_envs environments `suite::name`; what cannot work ends the program with status 2."""
+    """Builds num_envs environments `suite::name`; bad input ends the program with status 2."""
     suite, _, name = env_id.partition("::")
     own = Path(__file__).with_name("envs") / f"{suite}.py"
     suites = {"gymnax": gymnax_env, "craftax": craftax_env, "gymnasium": gymnasium_env}
     suites["envpool"] = envpool_env
-    if not name:
+    if "::" not in env_id:
         fail(f"--env-id {env_id} names no suite: write suite::name, like gymnasium::{env_id}")
-    if suite not in suites and not own.is_file():
-        fail(f"unknown suite {suite}{nearest(suite, suites)}; for a suite of your own, write {own}")
+    if not own.is_file():  # for a suite of your own, write this file
+        check_known("suite", suite, suites)
+    # Simulators give environment i the seed + i, so seeds in a row would share all but one.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
         kwargs = json.loads(env_kwargs)
         env = suites.get(suite, partial(own_env, own))(name, num_envs, seed, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         if env_kwargs == "{}":
             raise
-        reason = str(error).splitlines()[0]
-        fail(
-            f"""--env-kwargs {env_kwargs} is not a JSON object of arguments of {env_id}: {reason}"""
-        )
+        fail(f"{env_id} refuses --env-kwargs {env_kwargs}: {str(error).splitlines()[0]}")
     return shape_obs(env, mask_obs)
 
 
 def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
     """Screens (36 x 36 and larger) become [H, W, C], all else a float32 vector without mask_obs."""
-    axes, size = env.obs_shape, int(np.prod(env.obs_shape))
+    axes, size = env.obs_shape, env.num_states or int(np.prod(env.obs_shape))
     keep = np.setdiff1d(np.arange(size), mask_obs)
     obs_shape = (keep.size,)
     screen = len(axes) == 3 and sorted(axes)[1] >= 36
@@ -459,11 +470,13 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
     if screen and mask_obs:
         fail("--mask-obs is for vectors, and these observations are images")
     if not set(mask_obs) < set(range(size)):
-        fail(f"--mask-obs {mask_obs} must leave out some of the entries 0 to {size - 1}, not all")
+        fail(f"--mask-obs takes some, not all, of the entries 0 to {size - 1}, not {mask_obs}")
 
     def shape(obs):
         if screen:
             return jnp.moveaxis(obs, 1, -1) if channels_first else obs
+        if env.num_states:
+            obs = obs[:, None] == jnp.arange(size)  # [B, size]
         obs = obs.reshape(obs.shape[0], size).astype(jnp.float32)
         return obs[:, keep] if mask_obs else obs
 
@@ -472,17 +485,15 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, shape(obs)
 
     def step(key, env_state, action):
-        env_state, timestep = env.step(key, env_state, action)
-        obs, next_obs = shape(timestep.obs), shape(timestep.next_obs)
-        return env_state, timestep._replace(obs=obs, next_obs=next_obs)
+        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
 
 
 def gymnax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     gymnax = require("gymnax", "gymnax>=1.0.1")
-    if name not in gymnax.registered_envs:
-        fail(f"unknown environment gymnax::{name}{nearest(name, gymnax.registered_envs)}")
+    check_known("environment of gymnax", name, gymnax.registered_envs)
     fields = {field.name for field in dataclasses.fields(gymnax.make(name)[1])}
     params = {key: kwargs.pop(key) for key in fields & set(kwargs)}
     env, default = gymnax.make(name, **kwargs)
@@ -499,8 +510,7 @@ def craftax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     make = require("craftax.craftax_env", "craftax").make_craftax_env_from_name
     kinds = ["Symbolic", "Pixels", "Classic-Symbolic", "Classic-Pixels"]
     names = [f"Craftax-{kind}-v1" for kind in kinds]
-    if name not in names:
-        fail(f"unknown environment craftax::{name}{nearest(name, names)}")
+    check_known("environment of craftax", name, names)
     env = make(name, auto_reset=False)
     params = env.default_params.replace(**kwargs)
     without_limit = params.replace(max_timesteps=np.iinfo(np.int32).max)
@@ -543,10 +553,11 @@ def jax_env(reset: Callable, step: Callable, num_envs: int, num_fresh: int, env,
         obs, env_state = jax.lax.cond(done.any(), replace_ended, lambda: (next_obs, next_state))
         return env_state, Timestep(obs, next_obs, reward, terminated, truncated)
 
-    obs_shape = env.observation_space(params).shape
-    return Env(
-        env_reset, env_step, obs_shape, *action_spec(env.action_space(params), str(env.name))
+    space, actions = (
+        env.observation_space(params),
+        action_spec(env.action_space(params), str(env.name)),
     )
+    return Env(env_reset, env_step, space.shape, *actions, getattr(space, "n", 0))
 
 
 def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
@@ -555,11 +566,10 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     spaces = gymnasium.spaces
     package, _, registered = name.rpartition(":")
     if package:
-        require(package)  # registers its environments
-    try:
-        gymnasium.spec(registered)
-    except gymnasium.error.Error:
-        fail(f"unknown environment gymnasium::{name}{nearest(registered, gymnasium.registry)}")
+        if not util.find_spec(package.partition(".")[0]):
+            fail(f"no package {package}: install it, or put it beside {Path(__file__).name}")
+        import_module(package)  # registers its environments
+    check_known("environment of gymnasium", registered, gymnasium.registry)
 
     def make_one():
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
@@ -572,8 +582,8 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     mode = gymnasium.vector.AutoresetMode.SAME_STEP
     try:
         envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=mode)
-    except gymnasium.error.DependencyNotInstalled as error:
-        fail(f"gymnasium::{name} needs a missing package: {error}")
+    except (gymnasium.error.Error, ImportError) as error:
+        fail(f"gymnasium::{name} cannot be made: {str(error).splitlines()[0]}")
 
     def step(action):
         obs, reward, terminated, truncated, info = envs.step(action)
@@ -594,9 +604,7 @@ def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     On a Linux CPU the steps are XLA calls, and Python is entered only when an episode ended.
     """
     envpool = require("envpool")
-    names = envpool.list_all_envs()
-    if name not in names:
-        fail(f"unknown environment envpool::{name}{nearest(name, names)}")
+    check_known("environment of envpool", name, envpool.list_all_envs())
     pool = envpool.make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
     if pool.config["max_num_players"] > 1:
         fail(f"envpool::{name} has several players, and this script trains one agent")
@@ -609,19 +617,20 @@ def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     def reset():
         return join(pool.reset()[0])
 
-    def reset_ended(done, next_obs):
-        obs = np.array(next_obs)
+    def reset_ended(handle, done, next_obs):
+        obs, done = np.array(next_obs), np.asarray(done)
         obs[done] = join(pool.reset(np.flatnonzero(done).astype(np.int32))[0])
-        return obs
+        return handle, obs
 
     def step(action):
         next_obs, reward, terminated, truncated, _ = pool.step(action)
         next_obs, done = join(next_obs), terminated | truncated
-        obs = reset_ended(done, next_obs) if done.any() else next_obs
+        obs = reset_ended(0, done, next_obs)[1] if done.any() else next_obs
         return obs, next_obs, reward, terminated, truncated
 
     example, actions = reset(), action_spec(pool.action_space, name)
     env = host_env(reset, step, num_envs, example.shape[1:], example.dtype, actions)
+    env = env._replace(num_states=getattr(pool.observation_space, "n", 0))
     arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
     wide = any(np.dtype(array.dtype).itemsize > 4 for array in arrays)  # JAX would halve them
     several = pool.observation_space.shape is None
@@ -635,14 +644,12 @@ def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
     def fast_step(key, handle, action):
         handle, (next_obs, reward, terminated, truncated, _) = xla_step(handle, action)
         done = terminated | truncated
-        # The handle passes through the cond, so that the next step waits for the reset.
+        # The callback returns the handle too: without that the next step would not wait for it.
+        types = (handle, next_obs)
         handle, obs = jax.lax.cond(
             done.any(),
-            lambda: (
-                handle,
-                io_callback(kept(reset_ended), next_obs, done, next_obs, ordered=True),
-            ),
-            lambda: (handle, next_obs),
+            lambda: io_callback(reset_ended, types, handle, done, next_obs, ordered=True),
+            lambda: types,
         )
         return handle, Timestep(obs, next_obs, reward, terminated, truncated)
 
@@ -653,16 +660,10 @@ def own_env(path: Path, name: str, num_envs: int, seed: int, **kwargs) -> Env:
     """A suite of the user's own: envs/<suite>.py has make(name, num_envs, seed, **kwargs), which
     returns the fields of an Env; its step returns env_state and the fields of a Timestep.
     """
-    spec = util.spec_from_file_location(path.stem, path)
-    module = util.module_from_spec(spec)
+    spec = util.spec_from_file_location(f"envs.{path.stem}", path)
+    module = sys.modules[spec.name] = util.module_from_spec(spec)  # dataclasses look it up there
     spec.loader.exec_module(module)
-    env = Env(*module.make(name, num_envs, seed, **kwargs))
-
-    def step(key, env_state, action):
-        env_state, timestep = env.step(key, env_state, action)
-        return env_state, Timestep(*timestep)
-
-    return env._replace(step=step)
+    return Env(*module.make(name, num_envs, seed, **kwargs))
 
 
 def host_env(reset: Callable, step: Callable, num_envs: int, obs_shape, dtype, actions) -> Env:
@@ -676,29 +677,16 @@ def host_env(reset: Callable, step: Callable, num_envs: int, obs_shape, dtype, a
         return np.asarray(reset(), dtype)
 
     def cast_step(action):
-        parts = zip(step(action), types, strict=True)
+        parts = zip(step(np.asarray(action)), types, strict=True)
         return Timestep(*[np.asarray(part, kind.dtype) for part, kind in parts])
 
     def env_reset(key):
-        return jnp.int32(0), io_callback(kept(cast_reset), obs_type, ordered=True)
+        return jnp.int32(0), io_callback(cast_reset, obs_type, ordered=True)
 
     def env_step(key, env_state, action):
-        return env_state, io_callback(kept(cast_step), types, action, ordered=True)
+        return env_state, io_callback(cast_step, types, action, ordered=True)
 
-    return Env(env_reset, env_step, tuple(obs_shape), *actions)
-
-
-def kept(function: Callable) -> Callable:
-    """Keeps what a callback raises, so that the user sees the simulator's own traceback."""
-
-    def call(*args):
-        try:
-            return function(*map(np.asarray, args))
-        except Exception as error:
-            host_errors.append(error)
-            raise
-
-    return call
+    return Env(env_reset, env_step, tuple(obs_shape), *actions, hosted=True)
 
 
 def action_spec(space: Any, name: str) -> tuple[int, np.ndarray | None, np.ndarray | None]:
@@ -727,7 +715,9 @@ class EpisodeStats(NamedTuple):
 
 
 def init_stats(num_envs: int) -> EpisodeStats:
-    return EpisodeStats(*jnp.zeros((2, num_envs)), *jnp.full((2, 100), jnp.nan), jnp.int32(0))
+    """No episode has ended yet."""
+    zeros, nans = jnp.zeros(num_envs), jnp.full(100, jnp.nan)
+    return EpisodeStats(zeros, zeros, nans, nans, jnp.int32(0))
 
 
 def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> EpisodeStats:
@@ -761,19 +751,17 @@ def episode_metrics(stats: EpisodeStats) -> dict[str, Array]:
     }
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the program with status 2 and one line on stderr that says what to change."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def nearest(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, list(known), 3, 0.5)
-    return f"; nearest: {', '.join(matches)}" if matches else ""
+def check_known(what: str, name: str, known: Any) -> None:
+    """Ends the program with status 2, naming the nearest, if a name is not among the known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), 3, 0.5) or sorted(known)[:5]
+        fail(f"unknown {what}: {name}; nearest: {', '.join(near)}")
 
 
 def require(module: str, package: str | None = None) -> Any:
@@ -789,40 +777,40 @@ def parse_args() -> Args:
     args = tyro.cli(Args)
     if args.resume is None:
         return args
-    config = args.resume / "config.json"
-    if not config.is_file():
-        fail(f"--resume {args.resume} is not the folder of a run: it holds no config.json")
-    saved = json.loads(config.read_text())
-    if saved["script"] != Path(__file__).name:
-        fail(f"{args.resume} is a run of {saved['script']}: resume it with that script")
-    paths = {"resume": args.resume, "run_dir": args.resume}
-    saved = saved["args"] | paths | {"mask_obs": tuple(saved["args"]["mask_obs"])}
-    return tyro.cli(Args, default=Args(**saved))
+    try:
+        config = json.loads((args.resume / "config.json").read_text())
+        saved = config["args"] | {"mask_obs": tuple(config["args"]["mask_obs"])}
+        default = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--resume {args.resume} holds no config.json of a run of {Path(__file__).name}")
+    if config["script"] != Path(__file__).name:
+        fail(f"{args.resume} is a run of {config['script']}: resume it with that script")
+    args = tyro.cli(Args, default=default)
+    for name in {"seed", "num_seeds", "num_envs", "num_steps"} & set(saved):
+        if getattr(args, name) != saved[name]:
+            fail(f"--resume cannot change --{name.replace('_', '-')}, which is {saved[name]}")
+    return args
 
 
-def check_ranges(args: Any, at_least: dict[str, float], at_most: dict[str, float]) -> None:
-    """Bounds are given as {"name of a field, and more": bound}; None passes."""
-    for bounds, word, inside in (
-        (at_least, "least", np.greater_equal),
-        (at_most, "most", np.less_equal),
-    ):
-        for names, bound in bounds.items():
-            for name in names.split():
-                value = getattr(args, name)
-                if value is not None and not inside(value, bound):
-                    fail(f"{flag(name)} must be at {word} {bound:g}, not {value}")
+def check_range(args: Any, names: str, low: float, high: float = float("inf")) -> None:
+    """Ends the program with status 2 unless every named field is in [low, high] or None."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
 
 
 def open_run(args: Any) -> Path:
     """Makes the run's folder; one that holds a run already is only taken with --resume."""
     script, env = Path(__file__).stem, args.env_id.replace("::", "-")
     env = "".join(x if x.isalnum() or x in "-_." else "-" for x in env)
-    name = f"{script}__{env}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{script}__{env}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = args.resume or args.run_dir or Path("runs") / name
-    if args.resume is None and (run_dir / "config.json").exists():
-        fail(f"{run_dir} holds a run already: choose another --run-dir, or go on with --resume")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if args.resume is None and any(run_dir.iterdir()):
+            fail(f"{run_dir} is not empty: choose another --run-dir, or go on with --resume")
         (run_dir / ".writable").touch()
         (run_dir / ".writable").unlink()
     except OSError as error:
@@ -838,6 +826,7 @@ def write_config(run_dir: Path, args: Any) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the file and renames, so that a kill leaves the old text or the new."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text)
     draft.replace(path)
@@ -853,6 +842,7 @@ def checkpoints(run_dir: Path) -> Any:
 
 
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
+    """Saves the state as checkpoints/<iteration>, if it is not there already."""
     import orbax.checkpoint as ocp
 
     with checkpoints(run_dir) as manager:
@@ -885,12 +875,12 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path, first_step: int):
         self.path, self.first_step, self.began = run_dir / "metrics.csv", first_step, time.time()
         self.seeds = range(args.seed, args.seed + args.num_seeds)
-        self.epoch, self.printed, self.trackers = LAUNCHED, 0.0, []
+        self.launched, self.printed, self.trackers = LAUNCHED, 0.0, []
         if first_step and self.path.exists():  # drop what came after the checkpoint
             header, *lines = self.path.read_text().splitlines(keepends=True)
             lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
             write_atomically(self.path, "".join([header, *lines]))
-            self.epoch -= float(lines[-1].split(",")[1]) if lines else 0.0
+            self.launched -= float(lines[-1].split(",")[1]) if lines else 0.0
         self.bar = tqdm.tqdm(
             total=args.num_iterations * args.batch_size,
             initial=first_step,
@@ -902,7 +892,8 @@ class Logger:
             writer = require("tensorboardX").SummaryWriter(str(run_dir))
             self.trackers.append(writer.add_scalar)
         if args.track:
-            options = {"project": "unroll", "id": run_dir.name, "resume": "allow", "dir": run_dir}
+            options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+            options["id"] = f"{zlib.crc32(bytes(run_dir.resolve())):x}"  # the same again on resume
             wandb_run = require("wandb").init(config=dataclasses.asdict(args), **options)
             self.trackers.append(lambda tag, value, step: wandb_run.log({tag: value}, step=step))
 
@@ -912,7 +903,9 @@ class Logger:
         speed = (step - self.first_step) / (now - self.began)
         for k, seed in enumerate(self.seeds):
             row = {"charts/SPS": round(speed)} | {name: float(x[k]) for name, x in metrics.items()}
-            rows.append({"step": step, "seconds": round(now - self.epoch, 3), "seed": seed} | row)
+            rows.append(
+                {"step": step, "seconds": round(now - self.launched, 3), "seed": seed} | row
+            )
             prefix = f"seed_{seed}/" if len(self.seeds) > 1 else ""
             for track in self.trackers:
                 for name, value in row.items():
@@ -951,20 +944,22 @@ def plot_curve(run_dir: Path) -> None:
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 
-def catch_signals() -> list[int]:
-    """-> a list that the first Ctrl-C or SIGTERM is noted in; the second ends the program at once."""
+@contextmanager
+def catch_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is noted in; the second ends the program."""
     caught = []
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print(
-            "\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr, flush=True
-        )
+        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
@@ -988,10 +983,9 @@ def write_evaluation(run_dir: Path, args: Any, returns: np.ndarray) -> dict:
     """evaluation.json from greedy returns [num_seeds, episodes]: each seed's, and over the seeds
     mean and interquartile mean with a 95 % bootstrap interval (arXiv:2108.13264).
     """
-    seeds = [
-        {"seed": args.seed + k, "mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
-        | {"episodes": x.size} for k, x in enumerate(returns.astype(float))
-    ]  # fmt: skip
+    numbers = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max, "episodes": np.size}
+    seeds = [{name: float(f(x)) for name, f in numbers.items()} for x in returns]
+    seeds = [{"seed": args.seed + k} | seed for k, seed in enumerate(seeds)]
     means = returns.mean(axis=1)
     result = {
         "env_id": args.eval_env_id or args.env_id,
@@ -1008,31 +1002,23 @@ def write_evaluation(run_dir: Path, args: Any, returns: np.ndarray) -> dict:
     return result
 
 
-def unstack(tree: Any, size: int) -> list[Any]:
-    """A tree of arrays [size, ...] -> a list of trees."""
-    return [jax.tree.map(lambda x, k=k: x[k], tree) for k in range(size)]
-
-
 def use_compilation_cache() -> None:
     """Keeps compiled programs for the next launch; JAX_COMPILATION_CACHE_DIR moves them."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "unroll"))
 
 
-def run_training(args: Any, run_dir: Path, state: Any, train: Callable) -> Any:
+def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
     """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
     iteration = int(np.max(state.iteration))
-    logger, caught = Logger(args, run_dir, iteration * args.batch_size), catch_signals()
+    logger = Logger(args, run_dir, iteration * args.batch_size)
     # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
     strides = [max(1, 8_192 // args.batch_size), args.checkpoint_every or args.num_iterations]
     reached = False
     while iteration < args.num_iterations and not reached and not caught:
         ends = [iteration - iteration % stride + stride for stride in strides]
         end = min(*ends, args.num_iterations)
-        try:
-            state, metrics = jax.block_until_ready(train(state, end - iteration))
-        except jax.errors.JaxRuntimeError as error:
-            raise (host_errors or [error])[0] from None
+        state, metrics = jax.block_until_ready(train(state, end - iteration))
         iteration, step = end, end * args.batch_size
         metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}  # [num_seeds]
         logger.log(step, metrics)
@@ -1046,7 +1032,7 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable) -> Any:
             reached = np.all(metrics["charts/episodic_return"] >= args.target_return)
     logger.bar.close()
     if reached:
-        seconds = time.time() - logger.epoch
+        seconds = time.time() - logger.launched
         print(
             f"target return {args.target_return:g} reached: {step:,} steps, {seconds:.1f} s",
             flush=True,
@@ -1056,30 +1042,29 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable) -> Any:
     if caught:
         print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + caught[0])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
     return state
 
 
 def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
-    """The last checkpoint; the state of a host simulator is not in it, so episodes start anew."""
+    """The last checkpoint. What belongs to a simulator outside JAX is not in it: it starts anew."""
     saved = load_checkpoint(run_dir, state)
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    stats = dict(zip(EpisodeStats._fields[:2], state.stats[:2], strict=True))
-    stats = saved.stats._replace(**stats)
-    return saved._replace(env_state=state.env_state, obs=state.obs, stats=stats)
+    fields = {"env_state", "obs", "reset", "carry", "memory"} & set(state._fields)
+    running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
+    fresh = {name: getattr(state, name) for name in fields}
+    return saved._replace(stats=saved.stats._replace(**running), **fresh)
 
 
 def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
     counts = "num_seeds num_envs num_steps num_minibatches update_epochs hidden_size"
-    others = (
-        "seed learning_rate gamma gae_lambda clip_coef ent_coef vf_coef max_grad_norm target_kl"
-    )
-    at_least = {counts: 1, f"{others} reward_scale eval_episodes checkpoint_every": 0}
-    check_ranges(args, at_least, {"gamma gae_lambda": 1, "seed": 2**29})
+    check_range(args, counts, 1)
+    check_range(args, "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl", 0)
+    check_range(args, "reward_scale eval_episodes checkpoint_every", 0)
+    check_range(args, "gamma gae_lambda", 0, 1)
+    check_range(args, "seed", 0, 2**30)
     if args.batch_size % args.num_minibatches:
         divisors = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0]
         near = sorted(divisors, key=lambda n: abs(n - args.num_minibatches))[:4]
@@ -1095,20 +1080,24 @@ def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
     use_compilation_cache()
-    hosted = args.env_id.startswith(("gymnasium::", "envpool::"))
-    if hosted and args.num_seeds > 1:
+
+    def make(env_id, num_envs, seed):
+        env = make_env(env_id, num_envs, seed, args.env_kwargs, args.mask_obs)
+        if env.action_low is not None:
+            fail(f"{env_id} has continuous actions: use ppo_continuous.py")
+        return env
+
+    env = make(args.env_id, args.num_envs, args.seed)
+    if env.hosted and args.num_seeds > 1:
         fail(
             f"--num-seeds needs an environment in JAX, and {args.env_id} is not: start single runs"
         )
-
-    def make(env_id, num_envs, seed):
-        return make_env(env_id, num_envs, seed, args.env_kwargs, args.mask_obs)
-
-    env = make(args.env_id, args.num_envs, args.seed)
-    if env.action_low is not None:
-        fail(f"{args.env_id} has continuous actions: use ppo_continuous.py")
-    if args.eval_env_id and make(args.eval_env_id, 1, 0)[2:4] != env[2:4]:
-        fail(f"{args.eval_env_id} has other observations or actions than {args.env_id}")
+    if args.eval_env_id:
+        other = make(args.eval_env_id, 1, 0)
+        if (other.obs_shape, other.action_size) != (env.obs_shape, env.action_size):
+            fail(f"{args.eval_env_id} has other observations or actions than {args.env_id}")
+    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
+        require(module)
     run_dir = open_run(args)
     print(f"{args.env_id} -> {run_dir}", flush=True)
 
@@ -1119,15 +1108,18 @@ def main(args: Args) -> Path:
         init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
     state, train = compile_training(init, train_iteration, key)
     if args.resume:
-        state = resume_state(run_dir, state, hosted)
+        state = resume_state(run_dir, state, env.hosted)
     write_config(run_dir, args)
-    state = run_training(args, run_dir, state, train)
+    with catch_signals() as caught:
+        state = run_training(args, run_dir, state, train, caught)
 
     if args.eval_episodes:
         seed = args.seed + 2**30  # other episodes than those trained on
         env = make(args.eval_env_id or args.env_id, args.eval_episodes, seed)
         play = jax.jit(lambda agent: evaluate(agent, env, jax.random.key(seed))[0])
-        agents = [state.agent] if args.num_seeds == 1 else unstack(state.agent, args.num_seeds)
+        agents = [state.agent]
+        if args.num_seeds > 1:
+            agents = [jax.tree.map(lambda x, k=k: x[k], state.agent) for k in range(args.num_seeds)]
         result = write_evaluation(run_dir, args, np.stack([play(agent) for agent in agents]))
         print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
     return run_dir

@@ -17,6 +17,11 @@ import ppo
 ENVPOOL_KWARGS = '{"max_episode_steps": 60}'
 
 
+def simulator_seed(seed):
+    """What make_env turns a seed into, for simulators that give environment i the seed + i."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
+
+
 def play(env, num_envs, num_steps, seed=0):
     """Random actions -> first obs, actions [T, B] and the stacked Timestep [T, B, ...]."""
     actions = np.random.default_rng(seed).integers(0, env.action_size, (num_steps, num_envs))
@@ -75,7 +80,7 @@ def gymnasium_loop(name, seed, **kwargs):
     def make_one(b):
         env = gymnasium.make(name, **kwargs)
         flat = gymnasium.wrappers.FlattenObservation(env)
-        seeds = [seed + b]  # only the first reset is seeded
+        seeds = [simulator_seed(seed) + b]  # only the first reset is seeded
         reset = lambda: flat.reset(seed=seeds.pop() if seeds else None)[0].astype(np.float32)
 
         def step(action):
@@ -151,7 +156,8 @@ def envpool_loop(name, seed):
     import envpool
 
     def make_one(b):
-        pool = envpool.make_gymnasium(name, num_envs=1, seed=seed + b, max_episode_steps=60)
+        seed_b = simulator_seed(seed) + b
+        pool = envpool.make_gymnasium(name, num_envs=1, seed=seed_b, max_episode_steps=60)
         pool.reset()  # make_env does so too, to see what an observation looks like
 
         def step(action):
@@ -181,7 +187,7 @@ def test_envpool_with_64_bit_arrays_is_what_a_plain_loop_gives():
     import envpool
 
     env = ppo.make_env("envpool::InvertedPendulum-v5", 2, seed=5)
-    pool = envpool.make_gymnasium("InvertedPendulum-v5", num_envs=2, seed=5)
+    pool = envpool.make_gymnasium("InvertedPendulum-v5", num_envs=2, seed=simulator_seed(5))
     pool.reset()
     env_state, obs = env.reset(jax.random.key(0))
     np.testing.assert_allclose(obs, pool.reset()[0], atol=1e-6)
@@ -198,6 +204,38 @@ def test_envpool_with_64_bit_arrays_is_what_a_plain_loop_gives():
             np.testing.assert_allclose(timestep.obs, obs, atol=1e-5)
             ends += 1
     assert ends
+
+
+def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it():
+    """Two steps with one action, as action repeat makes them: the second one's action does not
+    depend on the first one's obs, so nothing but env_state can make it wait for the reset."""
+    env = ppo.make_env("envpool::LunarLander-v3", 16, seed=5)
+
+    @jax.jit
+    def run(key, actions):
+        def step(env_state, action):
+            env_state, first = env.step(key, env_state, action)
+            env_state, second = env.step(key, env_state, action)
+            return env_state, (first, second)
+
+        return jax.lax.scan(step, env.reset(key)[0], actions)[1]
+
+    actions = np.random.default_rng(0).integers(0, 4, (300, 16)).astype(np.int32)
+    first, second = jax.tree.map(np.asarray, run(jax.random.key(0), actions))
+    ended = first.terminated | first.truncated
+    assert ended.sum() > 30
+    # A false transition is a reset in the place of a step: no reward, and no motion from obs.
+    assert (second.reward[ended] != 0).all()
+    assert (second.next_obs[ended] != first.obs[ended]).any(axis=1).all()
+
+
+def test_numbers_as_observations_become_one_hot():
+    """Alike in every suite, so that an agent can be judged in another one."""
+    for env_id, size in [("envpool::FrozenLake-v1", 16), ("gymnasium::FrozenLake-v1", 16)]:
+        env = ppo.make_env(env_id, 3)
+        obs = env.reset(jax.random.key(0))[1]
+        assert env.obs_shape == (size,) and obs.shape == (3, size) and obs.dtype == jnp.float32
+        np.testing.assert_array_equal(obs.sum(axis=1), 1.0)
 
 
 def test_envpool_joins_dict_observations():
