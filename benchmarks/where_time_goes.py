@@ -67,21 +67,22 @@ total = sum(row["seconds"] for row in rows)
 trained = next(row["seconds"] for row in rows if row["phase"] == "train")
 
 
-def simulate(state, key):
-    def step(env_state, key):
-        env_state, timestep = env.step(key, env_state, np.zeros(args.num_envs, np.int32))
+def simulate(state, actions):
+    def step(env_state, action):
+        env_state, timestep = env.step(None, env_state, action)
         return env_state, timestep.reward
 
-    return jax.lax.scan(step, state.env_state, jax.random.split(key, args.num_steps))[1]
+    return jax.lax.scan(step, state.env_state, actions)[1]
 
 
-def roll_out(state, key):
-    return ppo.rollout(state.agent, env, state.env_state, state.obs, key, args.num_steps)[1:]
+def roll_out(state):
+    key = jax.random.key(0)
+    return ppo.rollout(state.agent, env, state.env_state, state.obs, key, args.num_steps)[2]
 
 
-key = jax.random.key(0)
 iteration = best(jax.jit(lambda state: train_iteration(state)[1]), state)
-simulated, rolled = best(jax.jit(simulate), state, key), best(jax.jit(roll_out), state, key)
+rolled = best(jax.jit(roll_out), state)
+simulated = best(jax.jit(simulate), state, jax.jit(roll_out)(state).action)
 scale = trained / iteration
 lap("  of that: simulate", simulated * scale)
 lap("  of that: act", (rolled - simulated) * scale)

@@ -309,10 +309,10 @@ def test_craftax_shares_out_fresh_worlds_and_tells_limit_from_death():
         if t == 9:  # world 1 dies of thirst and hunger
             health = env_state.player_health.at[1].set(0)
             env_state = env_state.replace(player_health=health)
-        step_key, reset_key = jax.random.split(key)
+        reset_key = jax.random.fold_in(key, 0)
         old = [jax.tree.map(lambda x, b=b: x[b], env_state) for b in range(num_envs)]
         env_state, timestep = step(key, env_state, jnp.array([0, 5]))
-        for b, b_key in enumerate(jax.random.split(step_key, num_envs)):
+        for b, b_key in enumerate(jax.random.split(key, num_envs)):
             obs, _, reward, done, _ = single.step(b_key, old[b], [0, 5][b], params)
             np.testing.assert_allclose(timestep.next_obs[b], obs, atol=1e-6)
             np.testing.assert_allclose(timestep.reward[b], reward, atol=1e-6)
