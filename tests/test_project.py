@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = copies.scripts(ROOT)
+LOCAL = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
 PACKAGE_OF = {"orbax": "orbax-checkpoint"}  # where the import's name is not the package's
 OPTIONAL = {"tensorboardX", "wandb"}  # imported only when asked for, and named if missing
 
@@ -54,7 +55,7 @@ def test_requirements_script_metadata_and_imports_agree(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_imports_no_file_of_the_project(path):
-    assert not imported(path) & {other.stem for other in ROOT.rglob("*.py")}
+    assert not imported(path) & LOCAL
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -66,7 +67,6 @@ def test_the_header_tells_what_a_reader_wants_to_know(path):
 
 def test_the_tests_need_nothing_that_is_not_declared():
     everything = requirements((ROOT / "requirements.txt").read_text().splitlines())
-    local = {path.stem for path in ROOT.rglob("*.py")}
     for path in (ROOT / "tests").glob("*.py"):
-        needed = imported(path) - local - {"numpy", "scipy"}
+        needed = imported(path) - LOCAL - {"numpy", "scipy"}
         assert needed <= set(everything), f"{path.name}: {needed - set(everything)}"
