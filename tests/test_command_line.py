@@ -69,6 +69,7 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path):
     expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     assert expected | set(ppo.LOSS_METRICS) <= set(metrics[0])
     assert [(row["step"], row["seed"]) for row in metrics[-2:]] == [("16384", "1"), ("16384", "2")]
+    assert metrics[-1]["losses/value_loss"] != metrics[-2]["losses/value_loss"]  # two seeds
     assert (run_dir / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert last_checkpoint(run_dir) == 32
     config = json.loads((run_dir / "config.json").read_text())
