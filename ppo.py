@@ -28,7 +28,7 @@ Huang et al. 2022, "The 37 Implementation Details of PPO" ("detail N": its N-th 
     python ppo.py --resume runs/<run>                         # go on where a run was stopped
 
 Expected, on two CPU cores: greedy return 279 +- 4 after 1M steps (mean and std of 10 seeds, 100
-episodes each in Gymnasium's LunarLander-v3), 17 s for the whole command; --target-return 200 ends
+episodes each in Gymnasium's LunarLander-v3), 19 s for the whole command; --target-return 200 ends
 8 s after the launch (median; benchmarks/ has the raw data).
 
 Differs from the paper: the step size is annealed and the gradient norm clipped, advantages are
