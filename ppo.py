@@ -138,7 +138,7 @@ class CNN(nnx.Module):
     """The Nature DQN's image encoder, [..., H, W, C] -> [..., F].
 
     A convolution is written as its patches times a matrix: on a CPU, the gradient of XLA's own is
-    some twenty times slower inside a compiled loop.
+    many times slower inside a compiled loop.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], rngs: nnx.Rngs):
