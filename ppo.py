@@ -116,7 +116,7 @@ class Args:
 
 
 def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Linear:
-    """Linear layer with orthogonal weights and zero bias (detail 2)."""
+    """Linear layer with orthogonal weights and zero bias."""
     return nnx.Linear(in_size, out_size, kernel_init=nnx.initializers.orthogonal(scale), rngs=rngs)
 
 
@@ -161,7 +161,7 @@ class CNN(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """Separate actor and critic (detail 13); on images they share the encoder."""
+    """Separate actor and critic (detail 13), orthogonal weights (detail 2); images: one encoder."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, hidden_size: int, rngs):
         self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
@@ -381,7 +381,9 @@ def random_order(key: Array, size: int) -> Array:
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(agent: Agent, env: "Env", key: Array, max_steps: int = 108_000) -> tuple[Array, Array]:
+def evaluate(
+    state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
+) -> tuple[Array, Array]:
     """Plays the most probable actions for one episode in each environment -> returns, lengths [B].
 
     Only first episodes count: taking the first to end would favour short ones. An episode that
@@ -398,7 +400,8 @@ def evaluate(agent: Agent, env: "Env", key: Array, max_steps: int = 108_000) -> 
     def act_and_step(carry):
         (env_state, obs, key), totals = carry
         key, env_key = jax.random.split(key)
-        env_state, timestep = env.step(env_key, env_state, agent(obs)[0].mode())
+        action = state.agent(obs)[0].mode()
+        env_state, timestep = env.step(env_key, env_state, action)
         alive = totals["alive"]
         totals = {
             "return": totals["return"] + jnp.where(alive, timestep.reward, 0.0),
@@ -890,7 +893,7 @@ class Logger:
             write_atomically(self.path, "".join([header, *lines]))
             self.launched -= float(lines[-1].split(",")[1]) if lines else 0.0
         self.bar = tqdm.tqdm(
-            total=args.num_iterations * args.batch_size,
+            total=args.num_iterations * args.num_envs * args.num_steps,
             initial=first_step,
             unit_scale=True,
             disable=not sys.stderr.isatty(),
@@ -1019,15 +1022,16 @@ def use_compilation_cache() -> None:
 def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
     """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
     iteration = int(np.max(state.iteration))
-    logger = Logger(args, run_dir, iteration * args.batch_size)
+    iteration_steps = args.num_envs * args.num_steps
+    logger = Logger(args, run_dir, iteration * iteration_steps)
     # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
-    strides = [max(1, 8_192 // args.batch_size), args.checkpoint_every or args.num_iterations]
+    strides = [max(1, 8_192 // iteration_steps), args.checkpoint_every or args.num_iterations]
     reached = False
     while iteration < args.num_iterations and not reached and not caught:
         ends = [iteration - iteration % stride + stride for stride in strides]
         end = min(*ends, args.num_iterations)
         state, metrics = jax.block_until_ready(train(state, end - iteration))
-        iteration, step = end, end * args.batch_size
+        iteration, step = end, end * iteration_steps
         metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}  # [num_seeds]
         logger.log(step, metrics)
         losses = [values for name, values in metrics.items() if name.startswith("losses/")]
@@ -1059,7 +1063,7 @@ def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "reset", "carry", "memory"} & set(state._fields)
+    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
     running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
     fresh = {name: getattr(state, name) for name in fields}
     return saved._replace(stats=saved.stats._replace(**running), **fresh)
@@ -1084,6 +1088,12 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps must be at least one batch, {args.batch_size}")
 
 
+def check_env(env: Env, env_id: str) -> None:
+    """Ends the program with status 2 if this script cannot act in the environment."""
+    if env.action_low is not None:
+        fail(f"{env_id} has continuous actions: use ppo_continuous.py")
+
+
 def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
@@ -1091,8 +1101,7 @@ def main(args: Args) -> Path:
 
     def make(env_id, num_envs, seed):
         env = make_env(env_id, num_envs, seed, args.env_kwargs, args.mask_obs)
-        if env.action_low is not None:
-            fail(f"{env_id} has continuous actions: use ppo_continuous.py")
+        check_env(env, env_id)
         return env
 
     env = make(args.env_id, args.num_envs, args.seed)
@@ -1124,11 +1133,11 @@ def main(args: Args) -> Path:
     if args.eval_episodes:
         seed = args.seed + 2**30  # other episodes than those trained on
         env = make(args.eval_env_id or args.env_id, args.eval_episodes, seed)
-        play = jax.jit(lambda agent: evaluate(agent, env, jax.random.key(seed))[0])
-        agents = [state.agent]
+        play = jax.jit(lambda state: evaluate(state, env, jax.random.key(seed))[0])
+        states = [state]
         if args.num_seeds > 1:
-            agents = [jax.tree.map(lambda x, k=k: x[k], state.agent) for k in range(args.num_seeds)]
-        result = write_evaluation(run_dir, args, np.stack([play(agent) for agent in agents]))
+            states = [jax.tree.map(lambda x, k=k: x[k], state) for k in range(args.num_seeds)]
+        result = write_evaluation(run_dir, args, np.stack([play(one) for one in states]))
         print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
     return run_dir
 

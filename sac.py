@@ -1,0 +1,1237 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10,<0.12",
+#   "flax>=0.12.8,<0.13",
+#   "optax>=0.2.8,<0.3",
+#   "distrax>=0.1.9,<0.2",
+#   "flashbax>=0.1.3,<0.2",
+#   "gymnasium[box2d]>=1.3,<1.4",
+#   "gymnax>=1.0.1,<1.1",
+#   "craftax>=1.6,<1.7",
+#   "envpool>=1.2.5,<1.3",
+#   "orbax-checkpoint>=0.12,<0.13",
+#   "tyro>=1.0,<1.1",
+#   "tqdm>=4.66,<5",
+#   "matplotlib>=3.9,<4",
+# ]
+# ///
+"""Soft actor-critic with automatic temperature, and SimBa's networks by flag, in one file.
+
+Haarnoja et al. 2018, arXiv:1812.05905 (critic: eq. 5-6, actor: eq. 9, temperature: eq. 18, squashed
+Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
+
+    python sac.py                                                           # Pendulum-v1
+    python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 5000
+    python sac.py --env-id envpool::HumanoidWalk-v1 --env-kwargs '{"frame_skip": 2}' \
+        --block-type simba --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 \
+        --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2
+
+Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
+of its actions is rewarded; two critics, of which the smaller value counts.
+
+Differs from the papers: the smaller of the critics' values also stands in the actor's loss of SimBa,
+its normalised observations are clipped to 10, and a time limit is not taken for the end of the task
+(arXiv:1712.00378).
+"""
+
+import os
+import time
+
+LAUNCHED = time.time()  # before the slow imports, so that `seconds` in metrics.csv counts them
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # if the CPU has AVX-512
+
+import csv
+import dataclasses
+import difflib
+import json
+import signal
+import sys
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import distrax
+import flashbax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+import tyro
+from flax import nnx
+from jax import Array
+from jax.experimental import io_callback
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, craftax, gymnasium, envpool)
+    env_kwargs: str = "{}"  # JSON object of arguments for the environment
+    mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
+    seed: int = 1  # seed of the first agent
+    num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
+    total_timesteps: int = 20_000  # environment steps of each agent
+    num_envs: int = 1  # parallel environments
+    num_steps: int = 200  # steps in each environment from one log row to the next
+    policy_lr: float = 3e-4  # Adam's step size for the actor
+    q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
+    weight_decay: float = 0.0  # AdamW's weight decay for actor and critics
+    gamma: float = 0.99  # discount factor
+    buffer_size: int = 100_000  # transitions kept for replay
+    batch_size: int = 256  # transitions in each gradient step
+    learning_starts: int = 1_000  # environment steps, with random actions, before the first one
+    updates_per_step: float = 1.0  # gradient steps for each environment step
+    tau: float = 0.005  # how far the target critics follow at each gradient step
+    alpha: float = 1.0  # weight of the entropy, at the start if autotune
+    autotune: bool = True  # learn alpha so that the entropy stays near its target
+    target_entropy_scale: float = (
+        1.0  # that target is minus this times the number of action entries
+    )
+    reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
+    block_type: Literal["mlp", "simba"] = "mlp"  # hidden layers, or SimBa's residual blocks
+    actor_hidden_size: int = 256  # width of the actor
+    actor_num_blocks: int = 2  # its hidden layers or residual blocks
+    critic_hidden_size: int = 256  # width of each critic
+    critic_num_blocks: int = 2  # its hidden layers or residual blocks
+    num_critics: int = 2  # 2, or 1 to value actions without the minimum
+    target_return: float | None = None  # stop when the last 100 training episodes average this
+    eval_episodes: int = 100  # greedy episodes at the end, 0 for none
+    eval_env_id: str | None = None  # where to play them, if not in env_id
+    checkpoint_every: int = 0  # iterations between checkpoints, 0 for one at the end
+    resume: Path | None = None  # run folder to go on with; its config.json fills in other flags
+    run_dir: Path | None = None  # folder of the run, runs/<script>__<env>__<seed>__<time> if None
+    track: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to TensorBoard too
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // (self.num_envs * self.num_steps)
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """Linear layer with orthogonal weights and zero bias."""
+    return nnx.Linear(in_size, out_size, kernel_init=nnx.initializers.orthogonal(scale), rngs=rngs)
+
+
+class Layers(nnx.Module):
+    """num_blocks ReLU layers, [..., in_size] -> [..., hidden_size]."""
+
+    def __init__(self, in_size: int, hidden_size: int, num_blocks: int, rngs: nnx.Rngs):
+        sizes = [in_size] + [hidden_size] * num_blocks
+        layers = [linear(*pair, 2**0.5, rngs) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.layers = nnx.List(layers)
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+
+class ResidualBlock(nnx.Module):
+    """x + MLP(LayerNorm(x)), widened 4 times within: SimBa, section 4.2."""
+
+    def __init__(self, size: int, rngs: nnx.Rngs):
+        he = nnx.initializers.he_normal()
+        self.norm = nnx.LayerNorm(size, rngs=rngs)
+        self.widen = nnx.Linear(size, 4 * size, kernel_init=he, rngs=rngs)
+        self.narrow = nnx.Linear(4 * size, size, kernel_init=he, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.narrow(nnx.relu(self.widen(self.norm(x))))
+
+
+class SimBa(nnx.Module):
+    """A linear embedding, num_blocks residual blocks and a LayerNorm: SimBa, section 4.
+
+    [..., in_size] -> [..., hidden_size]. The normalisation of the observations that belongs to it
+    is done before, by statistics in the training state.
+    """
+
+    def __init__(self, in_size: int, hidden_size: int, num_blocks: int, rngs: nnx.Rngs):
+        self.embed = linear(in_size, hidden_size, 1.0, rngs)
+        self.blocks = nnx.List([ResidualBlock(hidden_size, rngs) for _ in range(num_blocks)])
+        self.norm = nnx.LayerNorm(hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class Actor(nnx.Module):
+    """A Gaussian over actions before they are squashed by tanh."""
+
+    def __init__(self, obs_size: int, action_size: int, args: Args, rngs: nnx.Rngs):
+        body = {"mlp": Layers, "simba": SimBa}[args.block_type]
+        self.body = body(obs_size, args.actor_hidden_size, args.actor_num_blocks, rngs)
+        self.mean = linear(args.actor_hidden_size, action_size, 0.01, rngs)
+        self.log_std = linear(args.actor_hidden_size, action_size, 0.01, rngs)
+
+    def __call__(self, obs: Array) -> distrax.MultivariateNormalDiag:
+        """Observations [..., obs_size] -> distribution over [..., A]."""
+        x = self.body(obs)
+        share = 0.5 * (nnx.tanh(self.log_std(x)) + 1.0)
+        log_std = LOG_STD_MIN + share * (LOG_STD_MAX - LOG_STD_MIN)
+        return distrax.MultivariateNormalDiag(self.mean(x), jnp.exp(log_std))
+
+
+class Critic(nnx.Module):
+    """num_critics networks that value observation and action, each with its own first weights."""
+
+    def __init__(self, obs_size: int, action_size: int, args: Args, rngs: nnx.Rngs):
+        body, size = {"mlp": Layers, "simba": SimBa}[args.block_type], args.critic_hidden_size
+        numbers, in_size = range(args.num_critics), obs_size + action_size
+        self.bodies = nnx.List([body(in_size, size, args.critic_num_blocks, rngs) for _ in numbers])
+        self.heads = nnx.List([linear(size, 1, 1.0, rngs) for _ in numbers])
+
+    def __call__(self, obs: Array, action: Array) -> Array:
+        """obs [M, obs_size], action [M, A], in [-1, 1] -> values [num_critics, M]."""
+        x = jnp.concatenate([obs, action], axis=-1)
+        pairs = zip(self.bodies, self.heads, strict=True)
+        return jnp.stack([head(body(x))[..., 0] for body, head in pairs])
+
+
+# --- Acting ---------------------------------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    """What the replay buffer keeps of a step."""
+
+    obs: Array  # [B, obs_size], not normalised
+    action: Array  # [B, A], squashed to [-1, 1]
+    reward: Array  # [B]
+    next_obs: Array  # [B, obs_size], where the action led, also where it ended the episode
+    terminated: Array  # [B], the task ended: unlike a time limit, this cuts the bootstrap
+
+
+def squash(u: Array, logprob: Array) -> tuple[Array, Array]:
+    """tanh(u) [..., A] and its log-density [...], from that of u (arXiv:1812.05905, eq. 26).
+
+    log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), which is exact where the first
+    form rounds to log 0.
+    """
+    return jnp.tanh(u), logprob - (2.0 * (jnp.log(2.0) - u - nnx.softplus(-2.0 * u))).sum(axis=-1)
+
+
+def sample_action(actor: Actor, obs: Array, key: Array) -> tuple[Array, Array]:
+    """Observations [M, obs_size] -> squashed actions [M, A] in [-1, 1], log-probs [M]."""
+    u, logprob = actor(obs).sample_and_log_prob(seed=key)
+    return squash(u, logprob)
+
+
+def to_bounds(action: Array, env: "Env") -> Array:
+    """From [-1, 1] to the bounds of the environment's actions."""
+    return env.action_low + 0.5 * (action + 1.0) * (env.action_high - env.action_low)
+
+
+# --- Normalisation --------------------------------------------------------------------------------
+
+
+class RunningStats(NamedTuple):
+    """Mean and variance of all that was seen so far."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+
+def init_running(shape: tuple[int, ...]) -> RunningStats:
+    """Nothing was seen yet."""
+    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0.0))
+
+
+def update_running(stats: RunningStats, x: Array) -> RunningStats:
+    """Adds x [T, B, ...]: Chan et al. 1983, "Algorithms for Computing the Sample Variance"."""
+    new, count = x.shape[0] * x.shape[1], stats.count + x.shape[0] * x.shape[1]
+    delta = x.mean(axis=(0, 1)) - stats.mean
+    squares = stats.var * stats.count + x.var(axis=(0, 1)) * new
+    var = (squares + delta**2 * stats.count * new / count) / count
+    return RunningStats(stats.mean + delta * new / count, var, count)
+
+
+def normalize(obs: Array, stats: RunningStats | None) -> Array:
+    """Observations with mean 0 and variance 1, clipped to 10 (details c6, c7); None: as they are."""
+    if stats is None:
+        return obs
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+# --- Targets --------------------------------------------------------------------------------------
+
+
+def compute_targets(actor: Actor, target: Critic, alpha, batch: Transition, key, args: Args):
+    """reward + gamma (min Q'(next_obs, a') - alpha log pi(a')), a' ~ pi, without the second term where
+    the task ended (eq. 3 and 6) -> [M].
+    """
+    next_action, next_logprob = sample_action(actor, batch.next_obs, key)
+    next_q = target(batch.next_obs, next_action).min(axis=0)  # [M]
+    assert next_q.shape == next_logprob.shape == batch.reward.shape
+    next_value = next_q - alpha * next_logprob
+    return args.reward_scale * batch.reward + args.gamma * ~batch.terminated * next_value
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+LOSS_METRICS = [
+    "losses/qf_loss",
+    "losses/qf_values",
+    "losses/actor_loss",
+    "losses/entropy",
+    "losses/alpha",
+]
+
+
+def critic_loss(critic: Critic, batch: Transition, targets: Array) -> tuple[Array, Array]:
+    """Squared error of every critic against the targets [M] (eq. 5) -> loss, mean value."""
+    q_values = critic(batch.obs, batch.action)  # [num_critics, M]
+    assert q_values.shape[1:] == targets.shape == batch.reward.shape
+    return 0.5 * ((q_values - targets) ** 2).mean(axis=1).sum(), q_values.mean()
+
+
+def actor_loss(actor: Actor, critic: Critic, alpha: Array, batch: Transition, key: Array):
+    """alpha log pi(a) - min Q(obs, a) for a reparametrised a ~ pi (eq. 9) -> loss, entropy."""
+    action, logprob = sample_action(actor, batch.obs, key)
+    q_value = critic(batch.obs, action).min(axis=0)  # [M]
+    assert q_value.shape == logprob.shape == batch.reward.shape
+    return (alpha * logprob - q_value).mean(), -logprob.mean()
+
+
+def alpha_loss(log_alpha: Array, entropy: Array, target_entropy: float) -> Array:
+    """Raises alpha while the entropy is below its target, and the reverse (eq. 18)."""
+    return jnp.exp(log_alpha) * (entropy - target_entropy)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What gradient steps change."""
+
+    actor: Actor
+    critic: Critic
+    target: Critic
+    log_alpha: Array
+    opt_states: dict[str, optax.OptState]
+
+
+class TrainState(NamedTuple):
+    """All that one iteration hands to the next: saving it is an exact checkpoint."""
+
+    learner: Learner
+    obs_stats: RunningStats | None
+    buffer: Any  # of Transition, [buffer_size, ...]
+    env_state: Any
+    obs: Array  # [B, obs_size]
+    stats: "EpisodeStats"
+    key: Array
+    step: Array  # environment steps done
+    iteration: Array  # iterations done
+
+
+def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
+    """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
+    txs = {
+        "actor": optax.adamw(args.policy_lr, weight_decay=args.weight_decay),
+        "critic": optax.adamw(args.q_lr, weight_decay=args.weight_decay),
+        "log_alpha": optax.adam(args.q_lr),
+    }
+    replay = make_replay(args)
+
+    def init(key: Array) -> TrainState:
+        actor_key, critic_key, env_key, key = jax.random.split(key, 4)
+        actor = Actor(env.obs_shape[0], env.action_size, args, nnx.Rngs(actor_key))
+        critic = Critic(env.obs_shape[0], env.action_size, args, nnx.Rngs(critic_key))
+        log_alpha = jnp.log(jnp.float32(args.alpha))
+        parts = {"actor": actor, "critic": critic, "log_alpha": log_alpha}
+        opt_states = {name: txs[name].init(part) for name, part in parts.items()}
+        env_state, obs = env.reset(env_key)
+        action = jnp.zeros(env.action_size)
+        example = Transition(obs[0], action, jnp.float32(0.0), obs[0], jnp.bool_(False))
+        return TrainState(
+            learner=Learner(actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, opt_states),
+            obs_stats=init_running(env.obs_shape) if args.block_type == "simba" else None,
+            buffer=replay.init(example),
+            env_state=env_state,
+            obs=obs,
+            stats=init_stats(args.num_envs),
+            key=key,
+            step=jnp.int32(0),
+            iteration=jnp.int32(0),
+        )
+
+    def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+        step = lambda state, _: step_and_learn(state, env, replay, txs, args)
+        state, (rewards, dones, sums) = jax.lax.scan(step, state, length=args.num_steps)
+        assert rewards.shape == dones.shape == (args.num_steps, args.num_envs)  # [T, B]
+        updates = sums.pop("updates").sum()
+        metrics = {name: x.sum() / jnp.maximum(updates, 1) for name, x in sums.items()}
+        metrics |= {"charts/updates": updates}
+        stats = record_episodes(state.stats, rewards, dones)
+        state = state._replace(stats=stats, iteration=state.iteration + 1)
+        return state, metrics | episode_metrics(stats)
+
+    return init, train_iteration
+
+
+def make_replay(args: Args) -> Any:
+    """Flashbax's buffer of single transitions: when it is full, the oldest make room."""
+    return flashbax.make_item_buffer(args.buffer_size, 1, args.batch_size, add_batches=True)
+
+
+def gradient_steps_due(step: Array, args: Args) -> Array:
+    """Gradient steps due after so many environment steps, in all: the same for any num_envs."""
+    return jnp.floor(jnp.maximum(step - args.learning_starts, 0) * args.updates_per_step).astype(
+        int
+    )
+
+
+def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: Args):
+    """One step in each environment, then the gradient steps due by now -> state, (rewards, dones,
+    sums): rewards and dones are [B], sums those of the metrics and the number of gradient steps.
+    """
+    action_key, random_key, env_key, update_key, key = jax.random.split(state.key, 5)
+    obs_stats = state.obs_stats
+    if obs_stats is not None:  # of what is acted on, never of what is replayed
+        obs_stats = update_running(obs_stats, state.obs[None])
+    action, _ = sample_action(state.learner.actor, normalize(state.obs, obs_stats), action_key)
+    random_action = jax.random.uniform(random_key, action.shape, minval=-1.0)
+    action = jnp.where(state.step < args.learning_starts, random_action, action)
+    env_state, timestep = env.step(env_key, state.env_state, to_bounds(action, env))
+    reward, next_obs, terminated = timestep.reward, timestep.next_obs, timestep.terminated
+    buffer = replay.add(state.buffer, Transition(state.obs, action, reward, next_obs, terminated))
+
+    def gradient_step(number, carry):
+        learner, sums = carry
+        sample_key, loss_key = jax.random.split(jax.random.fold_in(update_key, number))
+        batch = replay.sample(buffer, sample_key).experience
+        obs, next_obs = normalize(batch.obs, obs_stats), normalize(batch.next_obs, obs_stats)
+        batch = batch._replace(obs=obs, next_obs=next_obs)
+        learner, metrics = update(learner, txs, batch, loss_key, args)
+        return learner, jax.tree.map(jnp.add, sums, metrics | {"updates": jnp.float32(1.0)})
+
+    step = state.step + args.num_envs
+    sums = dict.fromkeys([*LOSS_METRICS, "updates"], jnp.float32(0.0))
+    due_before, due = gradient_steps_due(state.step, args), gradient_steps_due(step, args)
+    learner, sums = jax.lax.fori_loop(due_before, due, gradient_step, (state.learner, sums))
+    state = state._replace(
+        learner=learner,
+        obs_stats=obs_stats,
+        buffer=buffer,
+        env_state=env_state,
+        obs=timestep.obs,
+        key=key,
+        step=step,
+    )
+    return state, (reward, timestep.terminated | timestep.truncated, sums)
+
+
+def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Args):
+    """A gradient step of critics, actor and temperature on a batch [M, ...] -> learner, metrics."""
+    target_key, actor_key = jax.random.split(key)
+    actor, critic, target, log_alpha, opt_states = learner
+    alpha = jnp.exp(log_alpha)
+
+    def descend(name, part, grads):
+        updates, opt_state = txs[name].update(grads, opt_states[name], part)
+        return optax.apply_updates(part, updates), opt_state
+
+    targets = compute_targets(actor, target, alpha, batch, target_key, args)
+    value_and_grad = partial(jax.value_and_grad, has_aux=True)
+    (qf_loss, qf_values), grads = value_and_grad(critic_loss)(critic, batch, targets)
+    critic, critic_opt = descend("critic", critic, grads)
+    (pg_loss, entropy), grads = value_and_grad(actor_loss)(actor, critic, alpha, batch, actor_key)
+    actor, actor_opt = descend("actor", actor, grads)
+    target_entropy = -args.target_entropy_scale * batch.action.shape[-1]
+    alpha_opt = opt_states["log_alpha"]
+    if args.autotune:
+        grads = jax.grad(alpha_loss)(log_alpha, entropy, target_entropy)
+        log_alpha, alpha_opt = descend("log_alpha", log_alpha, grads)
+
+    target = optax.incremental_update(critic, target, args.tau)
+    opt_states = {"actor": actor_opt, "critic": critic_opt, "log_alpha": alpha_opt}
+    metrics = dict(zip(LOSS_METRICS, (qf_loss, qf_values, pg_loss, entropy, alpha), strict=True))
+    return Learner(actor, critic, target, log_alpha, opt_states), metrics
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(
+    state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
+) -> tuple[Array, Array]:
+    """Plays the squashed means for one episode in each environment -> returns, lengths [B].
+
+    Only first episodes count: taking the first to end would favour short ones. An episode that
+    still runs after max_steps counts as it stands.
+    """
+    reset_key, key = jax.random.split(key)
+    env_state, obs = env.reset(reset_key)
+    zeros = jnp.zeros(obs.shape[0])
+
+    def playing(carry):
+        _, totals = carry
+        return totals["alive"].any() & (totals["length"].max() < max_steps)
+
+    def act_and_step(carry):
+        (env_state, obs, key), totals = carry
+        key, env_key = jax.random.split(key)
+        action = jnp.tanh(state.learner.actor(normalize(obs, state.obs_stats)).mean())
+        env_state, timestep = env.step(env_key, env_state, to_bounds(action, env))
+        alive = totals["alive"]
+        totals = {
+            "return": totals["return"] + jnp.where(alive, timestep.reward, 0.0),
+            "length": totals["length"] + alive,
+            "alive": alive & ~(timestep.terminated | timestep.truncated),
+        }
+        return (env_state, timestep.obs, key), totals
+
+    totals = {"return": zeros, "length": zeros, "alive": jnp.ones(obs.shape[0], bool)}
+    _, totals = jax.lax.while_loop(playing, act_and_step, ((env_state, obs, key), totals))
+    return totals["return"], totals["length"]
+
+
+# --- Environment: from here on the text is the same in every script -------------------------------
+
+
+class Timestep(NamedTuple):
+    """What a step gives, for all environments at once. Ended ones are reset in the same step."""
+
+    obs: Array  # [B, *obs_shape], what to act on next: after an end, of the new episode
+    next_obs: Array  # [B, *obs_shape], where the action led: after an end, of the old episode
+    reward: Array  # [B]
+    terminated: Array  # [B], the task ended
+    truncated: Array  # [B], a time limit cut it
+
+
+class Env(NamedTuple):
+    """A batch of environments as two pure functions; no action bounds where actions are discrete."""
+
+    reset: Callable  # key -> env_state, obs
+    step: Callable  # key, env_state, action -> env_state, Timestep
+    obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
+    action_size: int  # number of discrete actions, or of entries of a continuous one
+    action_low: np.ndarray | None = None
+    action_high: np.ndarray | None = None
+    num_states: int = 0  # above 0: observations are numbers below it, and are made one-hot
+    hosted: bool = False  # stepped outside JAX: no vmap over seeds, no state in checkpoints
+
+
+def make_env(
+    env_id: str,
+    num_envs: int,
+    seed: int = 0,
+    env_kwargs: str = "{}",
+    mask_obs: tuple[int, ...] = (),
+) -> Env:
+    """Builds num_envs environments `suite::name`; bad input ends the program with status 2."""
+    suite, _, name = env_id.partition("::")
+    own = Path(__file__).with_name("envs") / f"{suite}.py"
+    suites = {"gymnax": gymnax_env, "craftax": craftax_env, "gymnasium": gymnasium_env}
+    suites["envpool"] = envpool_env
+    if "::" not in env_id:
+        fail(f"--env-id {env_id} names no suite: write suite::name, like gymnasium::{env_id}")
+    if not own.is_file():  # for a suite of your own, write this file
+        check_known("suite", suite, suites)
+    # Simulators give environment i the seed + i, so seeds in a row would share all but one.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
+    try:
+        kwargs = json.loads(env_kwargs)
+        env = suites.get(suite, partial(own_env, own))(name, num_envs, seed, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        if env_kwargs == "{}":
+            raise
+        fail(f"{env_id} refuses --env-kwargs {env_kwargs}: {str(error).splitlines()[0]}")
+    return shape_obs(env, mask_obs)
+
+
+def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
+    """Screens (36 x 36 and larger) become [H, W, C], all else a float32 vector without mask_obs."""
+    axes, size = env.obs_shape, env.num_states or int(np.prod(env.obs_shape))
+    keep = np.setdiff1d(np.arange(size), mask_obs)
+    obs_shape = (keep.size,)
+    screen = len(axes) == 3 and sorted(axes)[1] >= 36
+    channels_first = screen and axes[0] < axes[2]
+    if screen:
+        obs_shape = (*axes[1:], axes[0]) if channels_first else axes
+    if screen and mask_obs:
+        fail("--mask-obs is for vectors, and these observations are images")
+    if not set(mask_obs) < set(range(size)):
+        fail(f"--mask-obs takes some, not all, of the entries 0 to {size - 1}, not {mask_obs}")
+
+    def shape(obs):
+        if screen:
+            return jnp.moveaxis(obs, 1, -1) if channels_first else obs
+        if env.num_states:
+            obs = obs[:, None] == jnp.arange(size)  # [B, size]
+        obs = obs.reshape(obs.shape[0], size).astype(jnp.float32)
+        return obs[:, keep] if mask_obs else obs
+
+    def reset(key):
+        env_state, obs = env.reset(key)
+        return env_state, shape(obs)
+
+    def step(key, env_state, action):
+        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
+
+    return env._replace(reset=reset, step=step, obs_shape=obs_shape)
+
+
+def gymnax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
+    gymnax = require("gymnax", "gymnax>=1.0.1")
+    check_known("environment of gymnax", name, gymnax.registered_envs)
+    fields = {field.name for field in dataclasses.fields(gymnax.make(name)[1])}
+    params = {key: kwargs.pop(key) for key in fields & set(kwargs)}
+    env, default = gymnax.make(name, **kwargs)
+    params = default.replace(**params)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        return obs, state, reward, terminated, env.is_truncated(state, params)
+
+    return jax_env(partial(env.reset_env, params=params), step, num_envs, num_envs, env, params)
+
+
+def craftax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
+    make = require("craftax.craftax_env", "craftax").make_craftax_env_from_name
+    kinds = ["Symbolic", "Pixels", "Classic-Symbolic", "Classic-Pixels"]
+    names = [f"Craftax-{kind}-v1" for kind in kinds]
+    check_known("environment of craftax", name, names)
+    env = make(name, auto_reset=False)
+    params = env.default_params.replace(**kwargs)
+    without_limit = params.replace(max_timesteps=np.iinfo(np.int32).max)
+
+    def step(key, state, action):
+        obs, state, reward, done, _ = env.step(key, state, action, params)
+        terminated = env.is_terminal(state, without_limit)
+        return obs, state, reward, terminated, done & ~terminated
+
+    # Worlds are expensive: a few fresh ones go round among the environments that end in a step.
+    num_worlds = max(1, num_envs // 16)
+    return jax_env(partial(env.reset, params=params), step, num_envs, num_worlds, env, params)
+
+
+def jax_env(reset: Callable, step: Callable, num_envs: int, num_fresh: int, env, params) -> Env:
+    """An Env of JAX functions for a single environment; num_fresh of them are reset for a step in
+    which some ended. If more than num_fresh end at once, some get the same fresh state.
+    """
+
+    def env_reset(key):
+        obs, env_state = jax.vmap(reset)(jax.random.split(key, num_envs))
+        return env_state, obs
+
+    def env_step(key, env_state, action):
+        next_obs, next_state, reward, terminated, truncated = jax.vmap(step)(
+            jax.random.split(key, num_envs), env_state, action
+        )
+        done = terminated | truncated
+
+        def replace_ended():
+            reset_key = jax.random.fold_in(key, 0)  # made here, so that other steps are spared it
+            fresh = jax.vmap(reset)(jax.random.split(reset_key, num_fresh))
+            chosen = (jnp.cumsum(done) - 1) % num_fresh  # [B], the k-th to end takes fresh state k
+
+            def replace(old, new):
+                return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new[chosen], old)
+
+            return jax.tree.map(replace, (next_obs, next_state), fresh)
+
+        obs, env_state = jax.lax.cond(done.any(), replace_ended, lambda: (next_obs, next_state))
+        return env_state, Timestep(obs, next_obs, reward, terminated, truncated)
+
+    space, actions = (
+        env.observation_space(params),
+        action_spec(env.action_space(params), str(env.name)),
+    )
+    return Env(env_reset, env_step, space.shape, *actions, getattr(space, "n", 0))
+
+
+def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
+    """Any registered Gymnasium environment, also one that importing a package registers."""
+    gymnasium = require("gymnasium")
+    spaces = gymnasium.spaces
+    package, _, registered = name.rpartition(":")
+    if package:
+        if not util.find_spec(package.partition(".")[0]):
+            fail(f"no package {package}: install it, or put it beside {Path(__file__).name}")
+        import_module(package)  # registers its environments
+    check_known("environment of gymnasium", registered, gymnasium.registry)
+
+    def make_one():
+        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
+        if isinstance(env.observation_space, spaces.Box):
+            return env
+        if not env.observation_space.is_np_flattenable:
+            fail(f"the observations of {name}, {env.observation_space}, do not flatten to a vector")
+        return gymnasium.wrappers.FlattenObservation(env)
+
+    mode = gymnasium.vector.AutoresetMode.SAME_STEP
+    try:
+        envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=mode)
+    except (gymnasium.error.Error, ImportError) as error:
+        fail(f"gymnasium::{name} cannot be made: {str(error).splitlines()[0]}")
+
+    def step(action):
+        obs, reward, terminated, truncated, info = envs.step(action)
+        next_obs, done = obs.copy(), terminated | truncated
+        if done.any():
+            next_obs[done] = np.stack(info["final_obs"][done])
+        return obs, next_obs, reward, terminated, truncated
+
+    space, actions = envs.single_observation_space, action_spec(envs.single_action_space, name)
+    return host_env(
+        lambda: envs.reset(seed=seed)[0], step, num_envs, space.shape, space.dtype, actions
+    )
+
+
+def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
+    """EnvPool would reset an ended environment on the NEXT step; here it is reset at once.
+
+    On a Linux CPU the steps are XLA calls, and Python is entered only when an episode ended.
+    """
+    envpool = require("envpool")
+    check_known("environment of envpool", name, envpool.list_all_envs())
+    pool = envpool.make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
+    if pool.config["max_num_players"] > 1:
+        fail(f"envpool::{name} has several players, and this script trains one agent")
+
+    def join(obs):  # one array as it is, several (of a Dict) as one [B, size]
+        parts = jax.tree.leaves(obs)
+        joined = [part.reshape(len(part), -1) for part in parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(joined, axis=1)
+
+    def reset():
+        return join(pool.reset()[0])
+
+    def reset_ended(handle, done, next_obs):
+        obs, done = np.array(next_obs), np.asarray(done)
+        obs[done] = join(pool.reset(np.flatnonzero(done).astype(np.int32))[0])
+        return handle, obs
+
+    def step(action):
+        next_obs, reward, terminated, truncated, _ = pool.step(action)
+        next_obs, done = join(next_obs), terminated | truncated
+        obs = reset_ended(0, done, next_obs)[1] if done.any() else next_obs
+        return obs, next_obs, reward, terminated, truncated
+
+    example, actions = reset(), action_spec(pool.action_space, name)
+    env = host_env(reset, step, num_envs, example.shape[1:], example.dtype, actions)
+    env = env._replace(num_states=getattr(pool.observation_space, "n", 0))
+    arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
+    wide = any(np.dtype(array.dtype).itemsize > 4 for array in arrays)  # JAX would halve them
+    several = pool.observation_space.shape is None
+    if wide or several or sys.platform != "linux" or jax.default_backend() != "cpu":
+        return env
+    handle, _, _, xla_step = pool.xla()
+
+    def fast_reset(key):
+        return jnp.asarray(handle), env.reset(key)[1]
+
+    def fast_step(key, handle, action):
+        handle, (next_obs, reward, terminated, truncated, _) = xla_step(handle, action)
+        done = terminated | truncated
+        # The callback returns the handle too: without that the next step would not wait for it.
+        types = (handle, next_obs)
+        handle, obs = jax.lax.cond(
+            done.any(),
+            lambda: io_callback(reset_ended, types, handle, done, next_obs, ordered=True),
+            lambda: types,
+        )
+        return handle, Timestep(obs, next_obs, reward, terminated, truncated)
+
+    return env._replace(reset=fast_reset, step=fast_step)
+
+
+def own_env(path: Path, name: str, num_envs: int, seed: int, **kwargs) -> Env:
+    """A suite of the user's own: envs/<suite>.py has make(name, num_envs, seed, **kwargs), which
+    returns the fields of an Env; its step returns env_state and the fields of a Timestep.
+    """
+    spec = util.spec_from_file_location(f"envs.{path.stem}", path)
+    module = sys.modules[spec.name] = util.module_from_spec(spec)  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return Env(*module.make(name, num_envs, seed, **kwargs))
+
+
+def host_env(reset: Callable, step: Callable, num_envs: int, obs_shape, dtype, actions) -> Env:
+    """An Env of numpy functions: reset() -> obs, step(action) -> the fields of a Timestep."""
+    dtype = np.uint8 if dtype == np.uint8 else np.float32
+    obs_type = jax.ShapeDtypeStruct((num_envs, *obs_shape), dtype)
+    reward, flag = [jax.ShapeDtypeStruct((num_envs,), kind) for kind in (np.float32, np.bool_)]
+    types = Timestep(obs_type, obs_type, reward, flag, flag)
+
+    def cast_reset():
+        return np.asarray(reset(), dtype)
+
+    def cast_step(action):
+        parts = zip(step(np.asarray(action)), types, strict=True)
+        return Timestep(*[np.asarray(part, kind.dtype) for part, kind in parts])
+
+    def env_reset(key):
+        return jnp.int32(0), io_callback(cast_reset, obs_type, ordered=True)
+
+    def env_step(key, env_state, action):
+        return env_state, io_callback(cast_step, types, action, ordered=True)
+
+    return Env(env_reset, env_step, tuple(obs_shape), *actions, hosted=True)
+
+
+def action_spec(space: Any, name: str) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+    """Action space of any suite -> action_size, action_low, action_high."""
+    kind = type(space).__name__
+    if kind == "Discrete" and getattr(space, "start", 0) == 0:
+        return int(space.n), None, None
+    if kind == "Box" and len(space.shape) < 2:
+        size = int(np.prod(space.shape))
+        bounds = [np.broadcast_to(np.asarray(x, np.float32), size) for x in (space.low, space.high)]
+        return size, *bounds
+    fail(f"the actions of {name} are {space}: only Discrete (from 0) and one-dimensional Box work")
+
+
+# --- Logging & checkpoints ------------------------------------------------------------------------
+
+
+class EpisodeStats(NamedTuple):
+    """Returns and lengths of the running episodes and of the last 100 that ended."""
+
+    running_return: Array  # [B]
+    running_length: Array  # [B]
+    last_returns: Array  # [100], a ring
+    last_lengths: Array  # [100]
+    episodes: Array  # ended so far
+
+
+def init_stats(num_envs: int) -> EpisodeStats:
+    """No episode has ended yet."""
+    zeros, nans = jnp.zeros(num_envs), jnp.full(100, jnp.nan)
+    return EpisodeStats(zeros, zeros, nans, nans, jnp.int32(0))
+
+
+def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> EpisodeStats:
+    """Adds a rollout's rewards and dones, both [T, B]."""
+
+    def add(running, step):
+        reward, done = step
+        total = running[0] + reward, running[1] + 1.0
+        return [jnp.where(done, 0.0, x) for x in total], total
+
+    running, totals = jax.lax.scan(
+        add, [stats.running_return, stats.running_length], (rewards, dones)
+    )
+    ended = dones.reshape(-1)  # [T * B]
+    number = jnp.cumsum(ended)  # 1, 2, ... where an episode ended
+    new = number[-1]
+    slot = jnp.where(ended & (number > new - 100), (stats.episodes + number - 1) % 100, 100)
+    last = [
+        ring.at[slot].set(total.reshape(-1), mode="drop")
+        for ring, total in zip((stats.last_returns, stats.last_lengths), totals, strict=True)
+    ]
+    return EpisodeStats(*running, *last, stats.episodes + new)
+
+
+def episode_metrics(stats: EpisodeStats) -> dict[str, Array]:
+    """Means over the last 100 training episodes, nan before the first has ended."""
+    return {
+        "charts/episodic_return": jnp.nanmean(stats.last_returns),
+        "charts/episodic_length": jnp.nanmean(stats.last_lengths),
+        "charts/episodes": stats.episodes,
+    }
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with status 2 and one line on stderr that says what to change."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_known(what: str, name: str, known: Any) -> None:
+    """Ends the program with status 2, naming the nearest, if a name is not among the known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), 3, 0.5) or sorted(known)[:5]
+        fail(f"unknown {what}: {name}; nearest: {', '.join(near)}")
+
+
+def require(module: str, package: str | None = None) -> Any:
+    """Imports what not every run needs; if it is missing, names the command that installs it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is missing: pip install '{package or error.name}'")
+
+
+def parse_args() -> Args:
+    """Reads the command line; after --resume, the run's config.json gives what it leaves out."""
+    args = tyro.cli(Args)
+    if args.resume is None:
+        return args
+    try:
+        config = json.loads((args.resume / "config.json").read_text())
+        saved = config["args"] | {"mask_obs": tuple(config["args"]["mask_obs"])}
+        default = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--resume {args.resume} holds no config.json of a run of {Path(__file__).name}")
+    if config["script"] != Path(__file__).name:
+        fail(f"{args.resume} is a run of {config['script']}: resume it with that script")
+    args = tyro.cli(Args, default=default)
+    for name in {"seed", "num_seeds", "num_envs", "num_steps"} & set(saved):
+        if getattr(args, name) != saved[name]:
+            fail(f"--resume cannot change --{name.replace('_', '-')}, which is {saved[name]}")
+    return args
+
+
+def check_range(args: Any, names: str, low: float, high: float = float("inf")) -> None:
+    """Ends the program with status 2 unless every named field is in [low, high] or None."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def open_run(args: Any) -> Path:
+    """Makes the run's folder; one that holds a run already is only taken with --resume."""
+    script, env = Path(__file__).stem, args.env_id.replace("::", "-")
+    env = "".join(x if x.isalnum() or x in "-_." else "-" for x in env)
+    name = f"{script}__{env}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = args.resume or args.run_dir or Path("runs") / name
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if args.resume is None and any(run_dir.iterdir()):
+            fail(f"{run_dir} is not empty: choose another --run-dir, or go on with --resume")
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        fail(f"cannot write to {run_dir} ({error.strerror}): choose another --run-dir")
+    return run_dir
+
+
+def write_config(run_dir: Path, args: Any) -> None:
+    """config.json: the script, its flags and the versions of what it runs on."""
+    versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
+    config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "versions": versions}
+    write_atomically(run_dir / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the file and renames, so that a kill leaves the old text or the new."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def checkpoints(run_dir: Path) -> Any:
+    """Orbax writes a checkpoint beside its place and renames it: what is there is complete."""
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    folder, handler = (run_dir / "checkpoints").resolve(), ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
+
+
+def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
+    """Saves the state as checkpoints/<iteration>, if it is not there already."""
+    import orbax.checkpoint as ocp
+
+    with checkpoints(run_dir) as manager:
+        if manager.latest_step() != iteration:
+            manager.save(iteration, args=ocp.args.StandardSave(state))
+
+
+def load_checkpoint(run_dir: Path, like: Any) -> Any:
+    """The last complete checkpoint of a state with the structure and shapes of `like`."""
+    import orbax.checkpoint as ocp
+
+    def stored(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    with checkpoints(run_dir) as manager:
+        last = manager.latest_step()
+        if last is None:
+            fail(f"{run_dir} has no checkpoint to resume from: start a new run")
+        found = sorted(tuple(x.shape) for x in jax.tree.leaves(manager.item_metadata(last)))
+        if found != sorted(stored(x).shape for x in jax.tree.leaves(like)):
+            fail(
+                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+            )
+        return manager.restore(last, args=ocp.args.StandardRestore(like))
+
+
+class Logger:
+    """metrics.csv, the progress line and, if asked for, TensorBoard and Weights & Biases."""
+
+    def __init__(self, args: Any, run_dir: Path, first_step: int):
+        self.path, self.first_step, self.began = run_dir / "metrics.csv", first_step, time.time()
+        self.seeds = range(args.seed, args.seed + args.num_seeds)
+        self.launched, self.printed, self.trackers = LAUNCHED, 0.0, []
+        if first_step and self.path.exists():  # drop what came after the checkpoint
+            header, *lines = self.path.read_text().splitlines(keepends=True)
+            lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
+            write_atomically(self.path, "".join([header, *lines]))
+            self.launched -= float(lines[-1].split(",")[1]) if lines else 0.0
+        self.bar = tqdm.tqdm(
+            total=args.num_iterations * args.num_envs * args.num_steps,
+            initial=first_step,
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+        )
+        if args.tensorboard:
+            writer = require("tensorboardX").SummaryWriter(str(run_dir))
+            self.trackers.append(writer.add_scalar)
+        if args.track:
+            options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+            options["id"] = f"{zlib.crc32(bytes(run_dir.resolve())):x}"  # the same again on resume
+            wandb_run = require("wandb").init(config=dataclasses.asdict(args), **options)
+            self.trackers.append(lambda tag, value, step: wandb_run.log({tag: value}, step=step))
+
+    def log(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """Adds a row for each seed; the metrics are arrays [num_seeds]."""
+        now, rows = time.time(), []
+        speed = (step - self.first_step) / (now - self.began)
+        for k, seed in enumerate(self.seeds):
+            row = {"charts/SPS": round(speed)} | {name: float(x[k]) for name, x in metrics.items()}
+            rows.append(
+                {"step": step, "seconds": round(now - self.launched, 3), "seed": seed} | row
+            )
+            prefix = f"seed_{seed}/" if len(self.seeds) > 1 else ""
+            for track in self.trackers:
+                for name, value in row.items():
+                    track(prefix + name, value, step)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+        progress = f"return {np.mean(metrics['charts/episodic_return']):.1f}"
+        progress += f", {speed * len(self.seeds):,.0f} steps/s"
+        self.bar.set_postfix_str(progress, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and (now - self.printed > 2 or step == self.bar.total):
+            self.printed = now
+            print(f"{step:,} of {self.bar.total:,} steps, {progress}", flush=True)
+
+
+def plot_curve(run_dir: Path) -> None:
+    """Draws the returns in metrics.csv over the steps, a line for each seed: learning_curve.png."""
+    from matplotlib.figure import Figure
+
+    curves = {}
+    with (run_dir / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            point = (int(row["step"]), float(row["charts/episodic_return"]))
+            curves.setdefault(f"seed {row['seed']}", []).append(point)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
+    axes.set_title(run_dir.resolve().name, fontsize="small")
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+
+
+@contextmanager
+def catch_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is noted in; the second ends the program."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
+    """-> the first state, and train(state, n), which runs n iterations in one compiled call."""
+    train_iteration = jax.jit(train_iteration)  # so that it is traced once
+
+    def train(state, num_iterations):
+        metrics = jax.eval_shape(train_iteration, state)[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        step = lambda _, carry: train_iteration(carry[0])
+        return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
+
+    with ThreadPoolExecutor(1) as pool:  # XLA leaves Python free: compile both at the same time
+        compiled_init = pool.submit(lambda: jax.jit(init).lower(key).compile())
+        state = jax.eval_shape(init, key)
+        train = jax.jit(train, donate_argnums=0).lower(state, 1).compile()
+        return compiled_init.result()(key), train
+
+
+def write_evaluation(run_dir: Path, args: Any, returns: np.ndarray) -> dict:
+    """evaluation.json from greedy returns [num_seeds, episodes]: each seed's, and over the seeds
+    mean and interquartile mean with a 95 % bootstrap interval (arXiv:2108.13264).
+    """
+    numbers = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max, "episodes": np.size}
+    seeds = [{name: float(f(x)) for name, f in numbers.items()} for x in returns]
+    seeds = [{"seed": args.seed + k} | seed for k, seed in enumerate(seeds)]
+    means = returns.mean(axis=1)
+    result = {
+        "env_id": args.eval_env_id or args.env_id,
+        "seeds": seeds,
+        "mean": float(means.mean()),
+    }
+    if len(means) > 1:
+        from scipy import stats
+
+        iqm = partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
+        interval = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
+        result |= {"iqm": float(iqm(means)), "iqm_ci95": [float(x) for x in interval]}
+    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs for the next launch; JAX_COMPILATION_CACHE_DIR moves them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "unroll"))
+
+
+def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
+    """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
+    iteration = int(np.max(state.iteration))
+    iteration_steps = args.num_envs * args.num_steps
+    logger = Logger(args, run_dir, iteration * iteration_steps)
+    # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
+    strides = [max(1, 8_192 // iteration_steps), args.checkpoint_every or args.num_iterations]
+    reached = False
+    while iteration < args.num_iterations and not reached and not caught:
+        ends = [iteration - iteration % stride + stride for stride in strides]
+        end = min(*ends, args.num_iterations)
+        state, metrics = jax.block_until_ready(train(state, end - iteration))
+        iteration, step = end, end * iteration_steps
+        metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}  # [num_seeds]
+        logger.log(step, metrics)
+        losses = [values for name, values in metrics.items() if name.startswith("losses/")]
+        if not np.isfinite(losses).all():
+            good = checkpoints(run_dir).latest_step() or "none, see --checkpoint-every"
+            sys.exit(f"a loss is nan or inf at step {step}; last checkpoint in {run_dir}: {good}")
+        if args.checkpoint_every and iteration % args.checkpoint_every == 0:
+            save_checkpoint(run_dir, iteration, state)
+        if args.target_return is not None and np.all(metrics["charts/episodes"] >= 100):
+            reached = np.all(metrics["charts/episodic_return"] >= args.target_return)
+    logger.bar.close()
+    if reached:
+        seconds = time.time() - logger.launched
+        print(
+            f"target return {args.target_return:g} reached: {step:,} steps, {seconds:.1f} s",
+            flush=True,
+        )
+    save_checkpoint(run_dir, iteration, state)
+    plot_curve(run_dir)
+    if caught:
+        print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + caught[0])
+    return state
+
+
+def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
+    """The last checkpoint. What belongs to a simulator outside JAX is not in it: it starts anew."""
+    saved = load_checkpoint(run_dir, state)
+    if not hosted:
+        return saved
+    print("the simulator's state is not saved: new episodes start here")
+    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
+    running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
+    fresh = {name: getattr(state, name) for name in fields}
+    return saved._replace(stats=saved.stats._replace(**running), **fresh)
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with status 2 if a flag has a value that cannot work."""
+    check_range(args, "num_seeds num_envs num_steps buffer_size batch_size num_critics", 1)
+    check_range(args, "actor_hidden_size critic_hidden_size actor_num_blocks critic_num_blocks", 1)
+    check_range(args, "policy_lr q_lr weight_decay learning_starts updates_per_step", 0)
+    check_range(args, "reward_scale eval_episodes checkpoint_every", 0)
+    check_range(args, "target_entropy_scale", float("-inf"))
+    check_range(args, "gamma tau", 0, 1)
+    check_range(args, "alpha", 1e-8)
+    check_range(args, "seed", 0, 2**30)
+    if args.buffer_size < max(args.batch_size, args.num_envs):
+        fail(f"--buffer-size {args.buffer_size} must hold a batch and a step of all environments")
+    if args.num_iterations < 1:
+        iteration_steps = args.num_envs * args.num_steps
+        fail(f"--total-timesteps must be at least --num-envs x --num-steps, {iteration_steps}")
+
+
+def check_env(env: Env, env_id: str) -> None:
+    """Ends the program with status 2 if this script cannot act in the environment."""
+    if env.action_low is None:
+        fail(f"{env_id} has discrete actions: use dqn.py")
+    if not np.isfinite([env.action_low, env.action_high]).all():
+        fail(f"the actions of {env_id} have no bounds: use ppo_continuous.py")
+    if len(env.obs_shape) != 1:
+        fail(f"the observations of {env_id} are images, and this script is for vectors")
+
+
+def main(args: Args) -> Path:
+    """Trains, saves and evaluates -> the run's folder."""
+    check_args(args)
+    use_compilation_cache()
+
+    def make(env_id, num_envs, seed):
+        env = make_env(env_id, num_envs, seed, args.env_kwargs, args.mask_obs)
+        check_env(env, env_id)
+        return env
+
+    env = make(args.env_id, args.num_envs, args.seed)
+    if env.hosted and args.num_seeds > 1:
+        fail(
+            f"--num-seeds needs an environment in JAX, and {args.env_id} is not: start single runs"
+        )
+    if args.eval_env_id:
+        other = make(args.eval_env_id, 1, 0)
+        if (other.obs_shape, other.action_size) != (env.obs_shape, env.action_size):
+            fail(f"{args.eval_env_id} has other observations or actions than {args.env_id}")
+    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
+        require(module)
+    run_dir = open_run(args)
+    print(f"{args.env_id} -> {run_dir}", flush=True)
+
+    init, train_iteration = make_train(args, env)
+    key = jax.random.key(args.seed)
+    if args.num_seeds > 1:
+        key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+        init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
+    state, train = compile_training(init, train_iteration, key)
+    if args.resume:
+        state = resume_state(run_dir, state, env.hosted)
+    write_config(run_dir, args)
+    with catch_signals() as caught:
+        state = run_training(args, run_dir, state, train, caught)
+
+    if args.eval_episodes:
+        seed = args.seed + 2**30  # other episodes than those trained on
+        env = make(args.eval_env_id or args.env_id, args.eval_episodes, seed)
+        play = jax.jit(lambda state: evaluate(state, env, jax.random.key(seed))[0])
+        states = [state]
+        if args.num_seeds > 1:
+            states = [jax.tree.map(lambda x, k=k: x[k], state) for k in range(args.num_seeds)]
+        result = write_evaluation(run_dir, args, np.stack([play(one) for one in states]))
+        print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
