@@ -1,0 +1,137 @@
+"""Probe environments, each of which isolates one part of an agent, and how to train each script on one.
+
+Andy Jones, "Debugging RL, without the agonising pain": an agent that cannot learn the value of a
+constant reward need not be tried on anything else.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import copies
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import ROOT
+
+import ppo
+
+SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
+ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
+OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
+CONTINUOUS = ["ppo_continuous", "sac"]
+NUM_ENVS = 16
+
+
+def probe(observe, reward, terminated=None, truncated=None, continuous=False, num_envs=NUM_ENVS):
+    """Environments with a step counter and a random bit as state; an observation is one number.
+
+    observe(time, bit) -> [B]; reward(time, bit, action) -> [B]; terminated, truncated(time, bit)
+    -> [B], of the time after the step. An action is 0 or 1, or a number in [-1, 1].
+    """
+    never = lambda time, bit: jnp.zeros(num_envs, bool)
+    terminated, truncated = terminated or never, truncated or never
+
+    def draw(key):
+        return jnp.zeros(num_envs, jnp.int32), jax.random.bernoulli(key, shape=(num_envs,))
+
+    def show(state):
+        return (observe(*state) * jnp.ones(num_envs))[:, None]
+
+    def reset(key):
+        state = draw(key)
+        return state, show(state)
+
+    def step(key, state, action):
+        time, bit = state
+        action = action[:, 0] if continuous else action
+        gain = (reward(time, bit, action) * jnp.ones(num_envs)).astype(jnp.float32)
+        ends, cut = terminated(time + 1, bit), truncated(time + 1, bit)
+        moved = (time + 1, bit)
+        state = jax.tree.map(lambda new, old: jnp.where(ends | cut, new, old), draw(key), moved)
+        return state, ppo.Timestep(show(state), show(moved), gain, ends, cut)
+
+    if continuous:
+        bounds = np.array([[-1.0], [1.0]], np.float32)
+        return ppo.Env(reset, step, (1,), 1, *bounds)
+    return ppo.Env(reset, step, (1,), 2)
+
+
+class Learned(NamedTuple):
+    """What a script has learned."""
+
+    state: Any
+    value: Any  # observations -> their values
+    act: Any  # observations -> greedy actions
+
+
+SMALL = {
+    "ppo": {"num_steps": 16, "num_minibatches": 4, "learning_rate": 5e-3, "gamma": 0.8},
+    "a2c": {"num_steps": 8, "learning_rate": 1e-2, "gamma": 0.8},
+    "dqn": {
+        "num_steps": 16,
+        "learning_rate": 2e-3,
+        "gamma": 0.8,
+        "buffer_size": 2_000,
+        "learning_starts": 64,
+        "batch_size": 64,
+        "train_frequency": 8,
+        "target_network_frequency": 200,
+    },
+    "impala": {"num_steps": 8, "num_minibatches": 2, "learning_rate": 5e-3, "gamma": 0.8},
+    "sac": {
+        "num_steps": 16,
+        "policy_lr": 3e-3,
+        "q_lr": 3e-3,
+        "gamma": 0.8,
+        "alpha": 0.01,
+        "autotune": False,
+        "learning_starts": 64,
+        "buffer_size": 2_000,
+        "batch_size": 64,
+        "updates_per_step": 0.125,
+        "tau": 0.05,
+        "actor_hidden_size": 32,
+        "critic_hidden_size": 32,
+    },
+}
+SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
+
+
+def small_args(name, num_iterations=60, **changes):
+    """Arguments for the probes, or for a short run of anything else."""
+    script = importlib.import_module(name)
+    fields = {"num_envs": NUM_ENVS, "reward_scale": 1.0} | SMALL[name] | changes
+    steps = fields["num_envs"] * fields["num_steps"] * num_iterations
+    return script.Args(**{"total_timesteps": steps} | fields)
+
+
+def train(name, args, env, num_iterations=None):
+    """-> the state after num_iterations, by default all, and the metrics of the last."""
+    init, train_iteration = importlib.import_module(name).make_train(args, env)
+    state, train_iteration = jax.jit(init)(jax.random.key(args.seed)), jax.jit(train_iteration)
+    for _ in range(num_iterations or args.num_iterations):
+        state, metrics = train_iteration(state)
+    return state, metrics
+
+
+def learn(name, env, num_iterations=60, **changes):
+    """Trains the script on the probe -> Learned."""
+    state, _ = train(name, small_args(name, num_iterations, **changes), env)
+    if name == "dqn":
+        return Learned(
+            state,
+            lambda obs: state.agent(obs).max(axis=-1),
+            lambda obs: state.agent(obs).argmax(-1),
+        )
+    if name == "sac":
+        act = lambda obs: jnp.tanh(state.learner.actor(obs).mean())
+        return Learned(state, lambda obs: state.learner.critic(obs, act(obs)).min(axis=0), act)
+    return Learned(state, lambda obs: state.agent(obs)[1], lambda obs: state.agent(obs)[0].mode())
+
+
+def real_env(name, num_envs=NUM_ENVS, limit=20):
+    """CartPole or Pendulum in gymnax with a short time limit."""
+    script = importlib.import_module(name)
+    task = "Pendulum-v1" if name in CONTINUOUS else "CartPole-v1"
+    kwargs = f'{{"max_steps_in_episode": {limit}}}'
+    return script.make_env(f"gymnax::{task}", num_envs, env_kwargs=kwargs)

@@ -1,0 +1,249 @@
+"""impala.py: V-trace, and that threads and devices compute what the plain iteration computes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rlax
+from probes import real_env, small_args
+from test_ppo import trajectory
+
+import impala
+import ppo
+
+GAMMA = 0.97
+
+
+def ratios_like(rewards, seed=3):
+    return np.exp(0.5 * np.random.default_rng(seed).normal(size=rewards.shape)).astype(np.float32)
+
+
+# --- V-trace --------------------------------------------------------------------------------------
+
+
+def test_vtrace_on_policy_is_the_n_step_return():
+    """Remark 1 of the paper; GAE with lambda 1 has the same returns."""
+    rewards, values, dones, last_value = trajectory()
+    ones = np.ones_like(rewards)
+    targets, advantages = impala.compute_vtrace(rewards, values, dones, last_value, ones, GAMMA)
+    gae, returns = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, 1.0)
+    np.testing.assert_allclose(targets, returns, atol=1e-4)
+    np.testing.assert_allclose(advantages, gae, atol=1e-4)
+
+
+def test_vtrace_of_ratio_0_leaves_the_values_alone():
+    """What the agent would never do teaches nothing."""
+    rewards, values, dones, last_value = trajectory()
+    zeros = np.zeros_like(rewards)
+    targets, advantages = impala.compute_vtrace(rewards, values, dones, last_value, zeros, GAMMA)
+    np.testing.assert_array_equal(targets, values)
+    np.testing.assert_array_equal(advantages, zeros)
+
+
+def test_vtrace_with_traces_cut_is_the_weighted_td_error():
+    rewards, values, dones, last_value = trajectory()
+    ratios = ratios_like(rewards)
+    targets, _ = impala.compute_vtrace(
+        rewards, values, dones, last_value, ratios, GAMMA, rho_bar=0.7, c_bar=0.0
+    )
+    following = np.concatenate([values[1:], last_value[None]])
+    errors = rewards + GAMMA * np.where(dones, 0.0, following) - values
+    np.testing.assert_allclose(targets, values + np.minimum(ratios, 0.7) * errors, atol=1e-5)
+
+
+@pytest.mark.parametrize("vtrace_lambda", [1.0, 0.8])
+def test_vtrace_agrees_with_rlax_with_ends_and_time_limits(vtrace_lambda):
+    """Each episode alone for rlax, whose last bootstrap is V(next_obs) where a limit cut it."""
+    rewards, values, dones, last_value = trajectory(num_steps=60, num_envs=2)
+    truncated = dones & (np.random.default_rng(1).random(dones.shape) < 0.5)
+    final_values = np.random.default_rng(2).normal(size=dones.shape).astype(np.float32) * truncated
+    ratios = ratios_like(rewards)
+    bounds = {"rho_bar": 1.3, "c_bar": 1.0, "vtrace_lambda": vtrace_lambda}
+    targets, advantages = impala.compute_vtrace(
+        rewards + GAMMA * final_values, values, dones, last_value, ratios, GAMMA, **bounds
+    )
+    for b in range(dones.shape[1]):
+        starts = np.flatnonzero(np.append(True, dones[:-1, b]))
+        for start, end in zip(starts, np.append(starts[1:], len(rewards)), strict=True):
+            part, last = slice(start, end), end - 1
+            discounts = np.full(end - start, GAMMA, np.float32)
+            if dones[last, b] and not truncated[last, b]:
+                discounts[-1] = 0.0
+            bootstrap = final_values[last, b] if dones[last, b] else last_value[b]
+            expected = rlax.vtrace_td_error_and_advantage(
+                values[part, b],
+                np.append(values[start + 1 : end, b], bootstrap).astype(np.float32),
+                rewards[part, b],
+                discounts,
+                ratios[part, b],
+                lambda_=vtrace_lambda,
+                clip_rho_threshold=1.3,
+                clip_pg_rho_threshold=1.3,
+            )
+            np.testing.assert_allclose(
+                targets[part, b], values[part, b] + expected.errors, atol=1e-4
+            )
+            if vtrace_lambda == 1.0:  # below 1, rlax mixes values into the advantages' targets
+                np.testing.assert_allclose(advantages[part, b], expected.pg_advantage, atol=1e-4)
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def make_batch(args, env):
+    state = jax.jit(impala.make_train(args, env)[0])(jax.random.key(0))
+    _, last_obs, batch = impala.rollout(
+        state.agent, env, state.env_state[0], state.obs[0], jax.random.key(1), 30
+    )
+    return state.agent, batch, last_obs
+
+
+def test_the_loss_bootstraps_at_a_time_limit_with_the_learner_s_value():
+    """A batch that a limit cuts gives the loss of one whose reward there holds gamma V(next_obs)."""
+    args = small_args("impala")
+    agent, batch, last_obs = make_batch(args, real_env("impala", limit=5))
+    assert batch.cut.any()
+    loss, _ = impala.impala_loss(agent, batch, last_obs, args)
+    value = jnp.where(batch.cut, agent(batch.next_obs)[1], 0.0)
+    by_hand = batch._replace(reward=batch.reward + args.gamma * value, cut=batch.cut & False)
+    np.testing.assert_allclose(
+        loss, impala.impala_loss(agent, by_hand, last_obs, args)[0], rtol=1e-5
+    )
+    without = batch._replace(cut=batch.cut & False)
+    assert abs(loss - impala.impala_loss(agent, without, last_obs, args)[0]) > 1e-4
+
+
+def test_the_loss_refuses_shapes_that_would_broadcast():
+    args = small_args("impala")
+    agent, batch, last_obs = make_batch(args, real_env("impala"))
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        wrong = batch._replace(logprob=batch.logprob[..., None])
+        impala.impala_loss(agent, wrong, last_obs, args)
+
+
+def test_minibatches_are_environments_over_their_whole_time(monkeypatch):
+    args = small_args("impala", num_minibatches=4)
+    seen = []
+
+    def loss(agent, batch, last_obs, args):
+        jax.debug.callback(lambda *x: seen.append(x), batch.action, last_obs)
+        return 0.0 * agent(last_obs)[1].sum(), dict.fromkeys(impala.LOSS_METRICS, jnp.float32(0))
+
+    agent, batch, _ = make_batch(args, real_env("impala"))
+    numbers = jnp.arange(16.0)
+    batch = batch._replace(action=jnp.tile(numbers, (30, 1)))
+    monkeypatch.setattr(impala, "impala_loss", loss)
+    tx = impala.optax.scale_by_adam()
+    last_obs = jnp.tile(numbers[:, None], (1, 4))
+    impala.update(agent, tx.init(agent), tx, 0.0, batch, last_obs, args)
+    jax.effects_barrier()
+    assert len(seen) == 4
+    for action, obs in seen:
+        np.testing.assert_array_equal(action, np.tile(obs[:, 0], (30, 1)))
+    assert sorted(np.concatenate([obs[:, 0] for _, obs in seen])) == list(range(16))
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+
+def start(args):
+    size = args.num_envs // args.num_actors
+    envs = [impala.make_env("gymnax::CartPole-v1", size) for _ in range(args.num_actors)]
+    return envs, jax.jit(impala.make_train(args, *envs)[0])(jax.random.key(0))
+
+
+def assert_equal(one, other):
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("num_actor_threads", [1, 2])
+def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
+    """Bit for bit, over several calls, and each time that it is run."""
+    args = small_args("impala", num_actor_threads=num_actor_threads)
+    envs, first = start(args)
+    train_iteration, plain = jax.jit(impala.make_train(args, *envs)[1]), first
+    for _ in range(7):
+        plain, plain_metrics = train_iteration(plain)
+    for calls in ([7], [1, 4, 2]):
+        state = first
+        with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:]) as train:
+            for num_iterations in calls:
+                state, metrics = train(state, num_iterations)
+        assert_equal((state, metrics), (plain, plain_metrics))
+    assert threading.active_count() == len(threading.enumerate())
+    assert not [x for x in threading.enumerate() if x.name.startswith("actor")]
+
+
+def test_the_actors_are_one_update_behind():
+    args = small_args("impala")
+    (env,), state = start(args)
+    train_iteration = jax.jit(impala.make_train(args, env)[1])
+    first, metrics = train_iteration(state)
+    assert_equal(first.actor, state.agent)
+    second, _ = train_iteration(first)
+    assert_equal(second.actor, first.agent)
+    # So the second batch was played by the agent of the start, and its ratios are not 1.
+    args = small_args("impala", num_minibatches=1)
+    train_iteration = jax.jit(impala.make_train(args, env)[1])
+    first, metrics = train_iteration(state)
+    assert metrics["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert train_iteration(first)[1]["losses/approx_kl"] > 1e-5
+
+
+def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
+    args = small_args("impala", num_actor_threads=2)
+    envs, state = start(args)
+    acts, learn = impala.make_parts(args, *envs)[1:]
+    calls = []
+
+    def breaks(*job):
+        jax.debug.callback(lambda: calls.append(0))
+        if jax.process_count():  # when traced
+            raise RuntimeError("the motor is on fire")
+
+    with pytest.raises(RuntimeError, match="the motor is on fire") as error:
+        with impala.actor_threads(args, [acts[0], breaks], learn) as train:
+            train(state, 3)
+    assert any(entry.name == "breaks" for entry in error.traceback)  # its own traceback
+    assert not [x for x in threading.enumerate() if x.name.startswith("actor")]
+
+
+def test_devices_share_the_work_and_change_nothing(tmp_path):
+    """Two actor devices and two learner devices of four, against one: to rounding."""
+    program = """
+        import jax, numpy as np, impala
+        from probes import small_args
+        from test_impala import start
+
+        assert jax.local_device_count() == 4
+        ends = []
+        for ids in [{"num_actor_threads": 2}, {"actor_device_ids": (1, 0), "learner_device_ids": (3, 2)}]:
+            args = small_args("impala", **ids)
+            envs, state = start(args)
+            with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:]) as train:
+                state, metrics = train(state, 3)
+            ends.append((state.agent, metrics))
+        learners = {device.id for device in jax.tree.leaves(state.agent)[0].devices()}
+        assert learners == {2, 3} and state.obs[0].shape == (8, 4), learners
+        for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+        print("the same")
+    """
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    folder = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{folder}:{os.path.dirname(folder)}"},
+    )
+    assert done.stdout.strip() == "the same", done.stderr

@@ -1,0 +1,175 @@
+"""Every script learns the probe environments, and keeps what all scripts promise."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import CONTINUOUS, NUM_ENVS, ON_POLICY, SCRIPTS, learn, probe, real_env, small_args
+
+ITERATIONS = {"dqn": 150, "sac": 150, "a2c": 150, "impala": 150}  # more where each learns less
+
+
+def learn_probe(name, observe, reward, iterations=1.0, **ends):
+    env = probe(observe, reward, continuous=name in CONTINUOUS, **ends)
+    return learn(name, env, int(iterations * ITERATIONS.get(name, 60)))
+
+
+ZERO_ONE = jnp.array([[0.0], [1.0]])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_probe_discount(name):
+    """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
+    learned = learn_probe(
+        name,
+        lambda time, bit: time,
+        lambda time, bit, action: time == 1,
+        terminated=lambda time, bit: time >= 2,
+    )
+    np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_probe_time_limit(name):
+    """One step from 0 or 1. From 1, reward 1 and the end: V(1) = 1. From 0, no reward, and a time
+    limit at 1: V(0) = gamma V(1) = 0.8. Taken for an end, V(0) = 0; with the observation after the
+    reset in place of the last one, V(0) = 0.67.
+    """
+    learned = learn_probe(
+        name,
+        lambda time, bit: jnp.where(time == 0, bit, 1),
+        lambda time, bit, action: bit,
+        terminated=lambda time, bit: bit,
+        truncated=lambda time, bit: ~bit,
+        iterations=1.5,
+    )
+    np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_probe_policy(name):
+    """One step: the best action is the bit that is seen, or plus or minus a half by it."""
+
+    def reward(time, bit, action):
+        if name in CONTINUOUS:
+            return 1.0 - 4.0 * (action - jnp.where(bit, 0.5, -0.5)) ** 2
+        return jnp.where(action == bit, 1.0, -1.0)
+
+    learned = learn_probe(
+        name, lambda time, bit: bit, reward, terminated=lambda time, bit: time >= 1
+    )
+    actions = learned.act(ZERO_ONE)
+    if name in CONTINUOUS:
+        np.testing.assert_allclose(actions[:, 0], [-0.5, 0.5], atol=0.1)
+    else:
+        np.testing.assert_array_equal(actions, [0, 1])
+    assert learned.value(ZERO_ONE).min() > 0.6
+
+
+# --- What all scripts promise ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_seed_determines_the_metrics(name):
+    init, train_iteration = importlib.import_module(name).make_train(
+        small_args(name, 10), real_env(name)
+    )
+    init, train_iteration = jax.jit(init), jax.jit(train_iteration)
+
+    def metrics_of(seed):
+        state = init(jax.random.key(seed))
+        for _ in range(5):
+            state, metrics = train_iteration(state)
+        return metrics
+
+    first, again, other = metrics_of(1), metrics_of(1), metrics_of(2)
+    for metric in first:
+        np.testing.assert_array_equal(first[metric], again[metric], err_msg=metric)
+    losses = [metric for metric in first if metric.startswith("losses/")]
+    assert any(first[metric] != other[metric] for metric in losses)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_seed_among_several_is_the_seed_alone(name):
+    args, env = small_args(name, 10), real_env(name)
+    init, train_iteration = importlib.import_module(name).make_train(args, env)
+    states = jax.jit(jax.vmap(init))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    train_all, train_one = jax.jit(jax.vmap(train_iteration)), jax.jit(train_iteration)
+    alone = jax.jit(init)(jax.random.key(1))
+    for _ in range(2):
+        states, metrics = train_all(states)
+        alone, metrics_alone = train_one(alone)
+    for several, single in zip(jax.tree.leaves(states), jax.tree.leaves(alone), strict=True):
+        if jnp.issubdtype(single.dtype, jnp.floating):
+            np.testing.assert_allclose(several[1], single, rtol=1e-2, atol=1e-3)
+    for metric in metrics:
+        np.testing.assert_allclose(
+            metrics[metric][1], metrics_alone[metric], rtol=1e-2, atol=1e-3, err_msg=metric
+        )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_random_key_is_used_twice(name):
+    args, env = small_args(name, 10), real_env(name)
+    script = importlib.import_module(name)
+    init, train_iteration = script.make_train(args, env)
+    with jax.debug_key_reuse(True):
+        state = jax.jit(init)(jax.random.key(0))
+        state, _ = jax.jit(train_iteration)(state)
+        jax.jit(lambda state, key: script.evaluate(state, env, key, 5))(state, jax.random.key(1))
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_the_ratio_is_1_before_the_first_update(name):
+    """What the rollout stored is what the agent computes again, across episode ends."""
+    script, args, env = importlib.import_module(name), small_args(name), real_env(name)
+    state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
+    env_state, obs = state.env_state, state.obs
+    if name == "impala":
+        (env_state,), (obs,) = env_state, obs
+    _, last_obs, batch = script.rollout(state.agent, env, env_state, obs, jax.random.key(1), 64)
+    assert batch.done.sum() >= NUM_ENVS
+    pi, value = state.agent(batch.obs)
+    if "logprob" in batch._fields:
+        assert jnp.abs(jnp.exp(pi.log_prob(batch.action) - batch.logprob) - 1).max() < 1e-5
+    if "value" in batch._fields:
+        np.testing.assert_allclose(value, batch.value, atol=1e-5)
+        # The value that the advantages bootstrap from is that of the next rollout's first step.
+        env_state = script.rollout(state.agent, env, env_state, obs, jax.random.key(1), 64)[0]
+        _, _, after = script.rollout(state.agent, env, env_state, last_obs, jax.random.key(2), 1)
+        np.testing.assert_allclose(state.agent(last_obs)[1], after.value[0], atol=1e-5)
+    assert "logprob" in batch._fields or "value" in batch._fields
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluation_counts_one_greedy_episode_in_each_environment(name):
+    """The returns are those of a plain loop; longer episodes do not push others out."""
+    script = importlib.import_module(name)
+    env = real_env(name, limit=40)
+    state = jax.jit(script.make_train(small_args(name), env)[0])(jax.random.key(1))
+    returns, lengths = script.evaluate(state, env, jax.random.key(3))
+
+    def greedy(obs):
+        if name == "dqn":
+            return state.agent(obs).argmax(axis=-1)
+        if name == "sac":  # Pendulum's torque is in [-2, 2]
+            return 2.0 * jnp.tanh(state.learner.actor(obs).mean())
+        action = state.agent(obs)[0].mode()
+        return jnp.clip(action, -2.0, 2.0) if name in CONTINUOUS else action
+
+    reset_key, key = jax.random.split(jax.random.key(3))
+    env_state, obs = env.reset(reset_key)
+    expected, length, alive = np.zeros(NUM_ENVS), np.zeros(NUM_ENVS), np.ones(NUM_ENVS, bool)
+    step = jax.jit(env.step)
+    while alive.any():
+        key, env_key = jax.random.split(key)
+        env_state, timestep = step(env_key, env_state, greedy(obs))
+        expected += np.where(alive, timestep.reward, 0.0)
+        length += alive
+        alive &= ~np.asarray(timestep.terminated | timestep.truncated)
+        obs = timestep.obs
+    np.testing.assert_allclose(returns, expected, rtol=1e-4)
+    np.testing.assert_array_equal(lengths, length)
+    assert len(set(expected)) > 1
