@@ -941,32 +941,42 @@ def checkpoints(run_dir: Path) -> Any:
     return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
+def named_arrays(state: Any) -> dict[str, Array]:
+    """Path in the state -> array. As a flat dict, Orbax keeps a state made of any modules."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
     """Saves the state as checkpoints/<iteration>, if it is not there already."""
     import orbax.checkpoint as ocp
 
     with checkpoints(run_dir) as manager:
         if manager.latest_step() != iteration:
-            manager.save(iteration, args=ocp.args.StandardSave(state))
+            manager.save(iteration, args=ocp.args.StandardSave(named_arrays(state)))
 
 
 def load_checkpoint(run_dir: Path, like: Any) -> Any:
     """The last complete checkpoint of a state with the structure and shapes of `like`."""
     import orbax.checkpoint as ocp
 
-    def stored(x):
+    def shapes(arrays):
+        return {name: tuple(x.shape) for name, x in arrays.items()}
+
+    def data(x):  # what is stored of a random key
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
+    arrays = named_arrays(like)
     with checkpoints(run_dir) as manager:
         last = manager.latest_step()
         if last is None:
             fail(f"{run_dir} has no checkpoint to resume from: start a new run")
-        found = sorted(tuple(x.shape) for x in jax.tree.leaves(manager.item_metadata(last)))
-        if found != sorted(stored(x).shape for x in jax.tree.leaves(like)):
+        if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
             fail(
                 f"the checkpoint in {run_dir} is of another network or environment: see config.json"
             )
-        return manager.restore(last, args=ocp.args.StandardRestore(like))
+        restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
 
 
 class Logger:

@@ -2,8 +2,9 @@
 
 The scripts share no library: each holds all that it needs. So that the copies stay copies, a
 top-level definition that carries the same name in two scripts must have the same text, unless its
-name, or "script: name", is in VARY. The root of the collection is ppo.py: its text is the one that counts, and for a
-name that it does not have, the text in the first script (by name) that has it.
+name, or "script: name", is in VARY. The root of the collection is ppo.py: its text is the one that
+counts, and for a name that it does not have, the text in the first script (by name) that has it.
+What stands behind PLUMBING in the root must stand in every script.
 
     python tests/copies.py          # lists what differs; exit status 1 if anything does
     python tests/copies.py --fix    # copies the text that counts over the others
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = "ppo.py"
+PLUMBING = "# --- Environment"  # the heading behind which the text is the same in every script
 VARY = {
     "Args": "each algorithm has its own flags",
     "check_args": "and its own conditions on them",
@@ -29,6 +31,7 @@ VARY = {
     "evaluate": "an agent with memory carries it along",
     "check_env": "names the sibling to use instead",
     "impala.py: main": "starts actor threads",
+    "impala.py: compile_training": "not there: what an iteration does is spread over threads",
 }
 
 
@@ -53,19 +56,28 @@ def scripts(folder: Path) -> list[Path]:
 
 
 def compare(folder: Path, fix: bool = False) -> list[str]:
-    """-> "script: name differs from source" for each copy that differs; fix also mends them."""
-    source, differences = {}, []
+    """-> "script: name differs from source" or "is missing" for each copy; fix also mends them."""
+    source, plumbing, differences = {}, [], []
     for path in scripts(folder):
-        lines = path.read_text().splitlines(keepends=True)
+        text = path.read_text()
+        lines, spans = text.splitlines(keepends=True), definitions(text)
+        if path.name == ROOT:
+            heading = next((n for n, x in enumerate(lines) if x.startswith(PLUMBING)), len(lines))
+            plumbing = [name for name, (first, _) in spans.items() if first > heading]
         # From the last to the first, so that mending one leaves the lines before it in place.
-        for name, (first, last) in reversed(definitions("".join(lines)).items()):
+        for name, (first, last) in reversed(spans.items()):
             if name in VARY or f"{path.name}: {name}" in VARY:
                 continue
-            origin, text = source.setdefault(name, (path.name, lines[first:last]))
-            if text != lines[first:last]:
+            origin, copy = source.setdefault(name, (path.name, lines[first:last]))
+            if copy != lines[first:last]:
                 differences.append(f"{path.name}: {name} differs from {origin}")
-                lines[first:last] = text
-        if fix and "".join(lines) != path.read_text():
+                lines[first:last] = copy
+        for before, name in zip(plumbing, plumbing[1:], strict=False):
+            if name not in spans and f"{path.name}: {name}" not in VARY:
+                differences.append(f"{path.name}: {name} is missing")
+                if before in (spans := definitions("".join(lines))):
+                    lines[spans[before][1] : spans[before][1]] = ["\n", "\n", *source[name][1]]
+        if fix and "".join(lines) != text:
             path.write_text("".join(lines))
     return differences
 

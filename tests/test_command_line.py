@@ -1,7 +1,11 @@
-"""ppo.py as its users meet it: run, stop, resume, and what it says to bad input."""
+"""The scripts as their users meet them: run, stop, resume, and what they say to bad input.
+
+What is plumbing, the same text in all (tests/copies.py), is tried with ppo.py alone.
+"""
 
 import ast
 import csv
+import importlib
 import json
 import os
 import re
@@ -16,12 +20,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from probes import CONTINUOUS, SCRIPTS
 
 import ppo
 
 SCRIPT = Path(ppo.__file__)
 SHORT = ["--env-id", "gymnax::CartPole-v1", "--total-timesteps", "16384", "--num-envs", "16"]
 SHORT += ["--num-steps", "32", "--num-minibatches", "4", "--eval-episodes", "5"]
+# In all of them, an iteration has 512 steps.
+SHORT_RUNS = {
+    "ppo": SHORT,
+    "a2c": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32",
+    "ppo_continuous": "--num-envs 16 --num-steps 32 --num-minibatches 4 --norm-obs --norm-reward",
+    "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900",
+    "sac": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
+    "--updates-per-step .05 --block-type simba --actor-hidden-size 16 --critic-hidden-size 16",
+    "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
+    "--num-actor-threads 2",
+}
+for name in set(SHORT_RUNS) - {"ppo"}:
+    SHORT_RUNS[name] = SHORT_RUNS[name].split()
+    SHORT_RUNS[name] += ["--total-timesteps", "16384", "--eval-episodes", "5"]
 
 
 def run(*flags, cwd, script=SCRIPT, timeout=300, **environment):
@@ -55,25 +74,27 @@ def last_checkpoint(run_dir):
 # --- A run and its files --------------------------------------------------------------------------
 
 
-def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path):
-    shutil.copy(SCRIPT, tmp_path / "my_ppo.py")
-    done = run(*SHORT, "--num-seeds", 2, cwd=tmp_path, script="my_ppo.py")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
+    shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
+    done = run(*SHORT_RUNS[name], "--num-seeds", 2, cwd=tmp_path, script="mine.py")
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"my_ppo__gymnax-CartPole-v1__1__\d{8}-\d{6}-\d+", run_dir.name)
+    assert re.fullmatch(r"mine__gymnax-\w+-v1__1__\d{8}-\d{6}-\d+", run_dir.name)
     assert run_dir.name in done.stdout and "greedy return over 5 episodes" in done.stdout
     assert "\r" not in done.stdout  # plain lines where there is no terminal
 
     metrics = rows(run_dir)
     assert list(metrics[0])[:3] == ["step", "seconds", "seed"]
     expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    assert expected | set(ppo.LOSS_METRICS) <= set(metrics[0])
+    expected |= set(importlib.import_module(name).LOSS_METRICS)
+    assert expected <= set(metrics[0])
     assert [(row["step"], row["seed"]) for row in metrics[-2:]] == [("16384", "1"), ("16384", "2")]
-    assert metrics[-1]["losses/value_loss"] != metrics[-2]["losses/value_loss"]  # two seeds
+    assert any(metrics[-1][x] != metrics[-2][x] for x in expected)  # two seeds
     assert (run_dir / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert last_checkpoint(run_dir) == 32
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["script"] == "my_ppo.py" and config["args"]["num_envs"] == 16
+    assert config["script"] == "mine.py" and config["args"]["num_seeds"] == 2
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert [seed["seed"] for seed in evaluation["seeds"]] == [1, 2]
     for seed in evaluation["seeds"]:
@@ -103,10 +124,10 @@ def test_tensorboard_and_offline_weights_and_biases(tmp_path):
 # --- Stop and resume ------------------------------------------------------------------------------
 
 
-def start(*flags, cwd):
+def start(*flags, cwd, script=SCRIPT):
     """The script as a child process with its output in `output`."""
     with open(cwd / "output", "a") as output:
-        command = [sys.executable, str(SCRIPT), *map(str, flags)]
+        command = [sys.executable, str(script), *map(str, flags)]
         return subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
 
 
@@ -117,15 +138,17 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("num_seeds", [1, 2])
-def test_a_killed_run_resumes_exactly(tmp_path, num_seeds):
-    """N + M iterations equal N, SIGKILL, resume, M: bit for bit, metrics.csv and last state."""
-    flags = [*SHORT, "--total-timesteps", 102_400, "--checkpoint-every", 20]
-    flags += ["--num-seeds", num_seeds]
+@pytest.mark.parametrize(("name", "num_seeds"), [("ppo", 2), *[(name, 1) for name in SCRIPTS]])
+def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
+    """N + M iterations equal N, SIGKILL, resume, M: bit for bit, metrics.csv and last state, with
+    statistics, replay buffer and the rollouts that actor threads have under way."""
+    script, module = SCRIPT.with_name(f"{name}.py"), importlib.import_module(name)
+    flags = [*SHORT_RUNS[name], "--total-timesteps", 102_400, "--checkpoint-every", 20]
+    flags += ["--num-seeds", num_seeds, "--eval-episodes", 0]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*flags, "--run-dir", whole, cwd=tmp_path).returncode == 0
+    assert run(*flags, "--run-dir", whole, cwd=tmp_path, script=script).returncode == 0
 
-    process = start(*flags, "--run-dir", killed, cwd=tmp_path)
+    process = start(*flags, "--run-dir", killed, cwd=tmp_path, script=script)
     wait_for(lambda: last_checkpoint(killed) >= 40, process)
     process.kill()
     process.wait()
@@ -139,30 +162,36 @@ def test_a_killed_run_resumes_exactly(tmp_path, num_seeds):
         killed / "checkpoints" / str(iteration),
         killed / "checkpoints" / f"{iteration + 20}.orbax-checkpoint-tmp",
     )
-    done = run("--resume", killed, cwd=tmp_path)
+    done = run("--resume", killed, cwd=tmp_path, script=script)
     assert done.returncode == 0, done.stderr
 
     assert timeless(killed) == timeless(whole)
     states = []
     for run_dir in (whole, killed):
-        args = ppo.Args(
-            **json.loads((whole / "config.json").read_text())["args"] | {"run_dir": None}
-        )
-        env = ppo.make_env(args.env_id, args.num_envs)
-        init, key = ppo.make_train(args, env)[0], jax.random.key(0)
+        config = json.loads((whole / "config.json").read_text())["args"]
+        args = module.Args(**config | {"run_dir": None})
+        envs = [module.make_env(args.env_id, args.num_envs)]
+        if name == "impala":
+            envs = [module.make_env(args.env_id, args.num_envs // 2) for _ in range(2)]
+        init, key = module.make_train(args, *envs)[0], jax.random.key(0)
         if num_seeds > 1:
             init, key = jax.vmap(init), jax.random.split(key, num_seeds)
-        states.append(ppo.load_checkpoint(run_dir, jax.jit(init)(key)))
+        states.append(module.load_checkpoint(run_dir, jax.jit(init)(key)))
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
         if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
             one, other = jax.random.key_data(one), jax.random.key_data(other)
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_and_resumes(tmp_path, number, status):
-    here = tmp_path / "here"
-    process = start(*SHORT, "--total-timesteps", 2_000_000, "--run-dir", here, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "number", "status"),
+    [("ppo", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143), ("impala", signal.SIGINT, 130)],
+)
+def test_a_stopped_run_saves_and_resumes(tmp_path, name, number, status):
+    """impala.py: all its threads end."""
+    here, script = tmp_path / "here", SCRIPT.with_name(f"{name}.py")
+    flags = [*SHORT_RUNS[name], "--total-timesteps", 5_000_000, "--run-dir", here]
+    process = start(*flags, cwd=tmp_path, script=script)
     wait_for(lambda: (here / "metrics.csv").exists(), process)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
@@ -170,7 +199,7 @@ def test_a_stopped_run_saves_and_resumes(tmp_path, number, status):
     saved = last_checkpoint(here) * 16 * 32
     assert saved == int(rows(here)[-1]["step"]) and (here / "learning_curve.png").exists()
 
-    done = run("--resume", here, "--total-timesteps", saved + 16384, cwd=tmp_path)
+    done = run("--resume", here, "--total-timesteps", saved + 16384, cwd=tmp_path, script=script)
     assert done.returncode == 0, done.stderr
     steps = [int(row["step"]) for row in rows(here)]
     seconds = [float(row["seconds"]) for row in rows(here)]
@@ -178,10 +207,12 @@ def test_a_stopped_run_saves_and_resumes(tmp_path, number, status):
     assert seconds == sorted(seconds)
 
 
-def test_a_host_simulator_resumes_with_new_episodes_and_says_so(tmp_path):
-    flags = [*SHORT, "--env-id", "envpool::CartPole-v1", "--run-dir", "here"]
-    assert run(*flags, cwd=tmp_path).returncode == 0
-    done = run("--resume", "here", "--total-timesteps", 32768, cwd=tmp_path)
+@pytest.mark.parametrize("name", ["ppo", "impala", "sac"])
+def test_a_host_simulator_resumes_with_new_episodes_and_says_so(tmp_path, name):
+    env_id = "envpool::Pendulum-v1" if name in CONTINUOUS else "envpool::CartPole-v1"
+    flags, script = [*SHORT_RUNS[name], "--env-id", env_id], SCRIPT.with_name(f"{name}.py")
+    assert run(*flags, "--run-dir", "here", cwd=tmp_path, script=script).returncode == 0
+    done = run("--resume", "here", "--total-timesteps", 32768, cwd=tmp_path, script=script)
     assert done.returncode == 0 and "new episodes start here" in done.stdout, done.stderr
     assert int(rows(tmp_path / "here")[-1]["step"]) == 32768
 
@@ -234,13 +265,45 @@ BAD_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_input_is_one_clear_line_and_status_2(case, tmp_path, monkeypatch, capfd):
-    flags, hint = BAD_FLAGS[case]
+# What is each script's own.
+OWN_BAD_FLAGS = {
+    ("a2c", "--num-envs 0"): "--num-envs must be at least 1",
+    ("a2c", "--total-timesteps 100"): "at least one batch",
+    ("a2c", "--env-id gymnax::Pendulum-v1"): "ppo_continuous.py",
+    ("ppo_continuous", "--env-id gymnax::CartPole-v1"): "use ppo.py",
+    ("ppo_continuous", "--num-minibatches 7"): "take one of",
+    ("dqn", "--env-id gymnax::Pendulum-v1"): "use sac.py",
+    ("dqn", "--buffer-size 100"): "--buffer-size 100 must hold a batch",
+    ("dqn", "--train-frequency 0"): "--train-frequency must be at least 1",
+    ("dqn", "--tau 1.5"): "--tau must be between 0 and 1",
+    ("dqn", "--hidden-sizes 0 84"): "--hidden-sizes must be at least 1",
+    ("dqn", "--total-timesteps 100"): "--num-envs x --num-steps, 1000",
+    ("sac", "--env-id gymnax::CartPole-v1"): "use dqn.py",
+    ("sac", "--env-id envpool::Pong-v5"): "use dqn.py",
+    ("sac", "--buffer-size 100"): "--buffer-size 100 must hold a batch",
+    ("sac", "--updates-per-step -1"): "--updates-per-step must be at least 0",
+    ("sac", "--num-critics 0"): "--num-critics must be at least 1",
+    ("sac", "--num-envs 7 --total-timesteps 100"): "--num-envs x --num-steps, 1400",
+    ("impala", "--env-id gymnax::Pendulum-v1"): "ppo_continuous.py",
+    ("impala", "--num-actor-threads 3"): "3 actor threads: take 63",
+    ("impala", "--num-minibatches 5"): "--num-minibatches 5: take 65",
+    ("impala", "--learner-device-ids 7"): "--learner-device-ids takes different ids of the 1",
+    ("impala", "--actor-device-ids 0 0"): "--actor-device-ids takes different ids",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "hint"),
+    [("ppo", *case) for case in BAD_FLAGS.values()]
+    + [(name, flags.split(), hint) for (name, flags), hint in OWN_BAD_FLAGS.items()],
+    ids=[*BAD_FLAGS, *[f"{name} {flags}" for name, flags in OWN_BAD_FLAGS]],
+)
+def test_bad_input_is_one_clear_line_and_status_2(name, flags, hint, tmp_path, monkeypatch, capfd):
+    script = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *flags])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        ppo.main(ppo.parse_args())
+        script.main(script.parse_args())
     error = [line for line in capfd.readouterr().err.splitlines() if "WARN" not in line]
     error = [line for line in error if "gym.logger" not in line and line.strip()]
     assert stop.value.code == 2
@@ -281,7 +344,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert stop.value.code == 2 and "pip install 'tensorboardX'" in capsys.readouterr().err
 
 
-def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
+@pytest.mark.parametrize("name", ["ppo", "impala"])
+def test_an_environment_that_raises_shows_its_own_traceback(tmp_path, name):
+    """impala.py: although it raises in an actor's thread."""
     (tmp_path / "my_package.py").write_text(
         textwrap.dedent(
             """
@@ -305,8 +370,9 @@ def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
             """
         )
     )
-    flags = [*SHORT, "--env-id", "gymnasium::my_package:MyEnv-v0"]
-    done = run(*flags, cwd=tmp_path, timeout=120, PYTHONPATH=str(tmp_path))
+    flags = [*SHORT_RUNS[name], "--env-id", "gymnasium::my_package:MyEnv-v0"]
+    script, path = SCRIPT.with_name(f"{name}.py"), str(tmp_path)
+    done = run(*flags, cwd=tmp_path, timeout=120, script=script, PYTHONPATH=path)
     assert done.returncode == 1
     assert 'my_package.py", line 15, in step' in done.stderr
     assert "RuntimeError: the motor is on fire" in done.stderr.strip().splitlines()[-5:]
@@ -315,8 +381,10 @@ def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
 # --- The flags themselves -------------------------------------------------------------------------
 
 
-def test_every_flag_is_read_and_explained():
-    tree = ast.parse(SCRIPT.read_text())
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_and_explained(name):
+    text = SCRIPT.with_name(f"{name}.py").read_text()
+    tree = ast.parse(text)
     (args,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Args"]
     fields = [x.target.id for x in args.body if isinstance(x, ast.AnnAssign)]
     outside = [x for x in tree.body if getattr(x, "name", "") not in ("Args", "check_args")]
@@ -327,6 +395,6 @@ def test_every_flag_is_read_and_explained():
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("args", "self")
     }
     assert set(fields) <= read, set(fields) - read
-    lines = SCRIPT.read_text().splitlines()
+    lines = text.splitlines()
     for field in [x for x in args.body if isinstance(x, ast.AnnAssign)]:
         assert re.search(r"  # \w.{9,}", lines[field.lineno - 1]), field.target.id

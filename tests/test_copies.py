@@ -72,6 +72,19 @@ def test_fix_copies_the_root_text_and_nothing_else(folder):
     assert (folder / "plot.py").read_text() == "LIMIT = 5\n"
 
 
+def test_missing_plumbing_is_found_and_put_in_its_place(folder):
+    plumbing = (
+        "\n\n# --- Environment ---\n\n\ndef one():\n    return 1\n\n\ndef two():\n    return 2\n"
+    )
+    (folder / "ppo.py").write_text(ROOT_SCRIPT + plumbing)
+    sibling = SIBLING + "\n\ndef one():\n    return 1\n\n\ndef three():\n    return 3\n"
+    (folder / "a_sibling.py").write_text(sibling)
+    assert "a_sibling.py: two is missing" in copies.compare(folder, fix=True)
+    assert copies.compare(folder) == []
+    mended = (folder / "a_sibling.py").read_text()
+    assert mended.index("def one") < mended.index("def two") < mended.index("def three")
+
+
 def test_the_real_scripts_agree():
     command = [sys.executable, str(Path(copies.__file__))]
     done = subprocess.run(command, capture_output=True, text=True)
