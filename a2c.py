@@ -24,11 +24,12 @@ waits for all environments and then takes one gradient step on the whole batch.
     python a2c.py --target-return 200                         # stop as soon as it is solved
     python a2c.py --env-id gymnax::CartPole-v1 --num-seeds 8  # eight seeds in one program
 
-Differs from ppo.py in: the loss (no ratio, no clipping), one step of RMSProp per rollout instead of
-epochs of minibatches, short rollouts.
+Differs from ppo.py in: the loss (no ratio, no clipping), and one gradient step for each rollout
+instead of epochs of minibatches, so the rollouts are small.
 
-Differs from the paper: the environments wait for each other, the gradient norm is clipped, rewards
-are scaled, and a time limit is not taken for the end of the task (arXiv:1712.00378).
+Differs from the paper: the environments wait for each other, Adam takes the place of RMSProp, the
+step size is annealed, the gradient norm is clipped, advantages are normalised, rewards are scaled,
+and a time limit is not taken for the end of the task (arXiv:1712.00378).
 """
 
 import os
@@ -71,14 +72,14 @@ class Args:
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
-    total_timesteps: int = 2_000_000  # environment steps of each agent
-    num_envs: int = 64  # parallel environments
-    num_steps: int = 16  # steps in each environment between two updates
-    learning_rate: float = 3e-3  # RMSProp's step size at the start
+    total_timesteps: int = 1_500_000  # environment steps of each agent
+    num_envs: int = 8  # parallel environments
+    num_steps: int = 64  # steps in each environment between two updates
+    learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.997  # discount factor
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation, 1 for n-step returns
-    norm_adv: bool = False  # normalise the advantages of each batch
+    norm_adv: bool = True  # normalise the advantages of each batch
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient
@@ -273,7 +274,7 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    tx = optax.chain(clip, optax.scale_by_rms(decay=0.99, eps=1e-5))  # `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # `update` has the step size
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)

@@ -88,6 +88,7 @@ class Args:
     actor_device_ids: tuple[int, ...] = (0,)  # devices that act
     learner_device_ids: tuple[int, ...] = (0,)  # devices that learn, each on its share of a batch
     num_minibatches: int = 16  # gradient steps for each batch, each on other environments
+    norm_adv: bool = True  # normalise the advantages of each minibatch
     rho_bar: float = 1.0  # bound of V-trace's weights rho
     c_bar: float = 1.0  # bound of V-trace's traces c
     vtrace_lambda: float = 1.0  # factor on the traces c
@@ -299,6 +300,8 @@ def impala_loss(agent: Agent, batch: Transition, last_obs: Array, args: Args):
         args.vtrace_lambda,
     )
     assert logprob.shape == advantages.shape == value.shape == targets.shape == batch.reward.shape
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     pg_loss = -(logprob * advantages).mean()
     v_loss = 0.5 * ((value - targets) ** 2).mean()
     entropy = pi.entropy().mean()

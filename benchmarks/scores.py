@@ -1,11 +1,11 @@
-"""Greedy score after the full default budget, judged in the reference implementation of the task.
+"""Greedy score after a full budget: every script on its tasks, 100 episodes for each seed.
 
-    python benchmarks/scores.py
+    python benchmarks/scores.py                       # lists the tasks
+    python benchmarks/scores.py ppo_lunarlander ...   # trains, seed by seed, and plays
 
-Trains `python ppo.py` (EnvPool's LunarLander-v3) with ten seeds and plays 100 greedy episodes of each
-in Gymnasium's LunarLander-v3 (limit 1000 steps). Prints a Markdown table, writes
-scores_lunarlander.csv and curves_lunarlander.csv to benchmarks/results and draws
-assets/ppo_lunarlander.png.
+Each seed is a process of its own. LunarLander-v3 is trained in EnvPool and judged in Gymnasium's
+(limit 1000 steps). For each task it prints a Markdown table, writes scores_<task>.csv and
+curves_<task>.csv to benchmarks/results and draws assets/<task>.png.
 """
 
 import csv
@@ -19,15 +19,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-SEEDS = range(1, 11)
+LANDER = "--eval-env-id gymnasium::LunarLander-v3"
+TASKS = {  # name: script, flags, number of seeds, score that counts as solved
+    "ppo_lunarlander": ("ppo.py", LANDER, 10, 200),
+    "a2c_lunarlander": ("a2c.py", LANDER, 10, 200),
+    "impala_lunarlander": ("impala.py", LANDER, 10, 200),
+    "ppo_continuous_pendulum": ("ppo_continuous.py", "", 10, -170),
+    "dqn_cartpole": ("dqn.py", "", 10, 475),
+    "sac_pendulum": ("sac.py", "", 10, -160),
+}
 
 
-def score(seed: int) -> tuple[dict, list[dict]]:
+def score(script: str, flags: str, seed: int) -> tuple[dict, list[dict]]:
     """-> what evaluation.json says of the seed, and its learning curve."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, ROOT / "ppo.py", "--seed", str(seed), "--run-dir", run_dir]
-        command += ["--eval-env-id", "gymnasium::LunarLander-v3"]
+        command = [sys.executable, ROOT / script, *flags.split()]
+        command += ["--seed", str(seed), "--run-dir", run_dir]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((run_dir / "evaluation.json").read_text())["seeds"][0]
         with (run_dir / "metrics.csv").open() as file:
@@ -38,10 +46,13 @@ def score(seed: int) -> tuple[dict, list[dict]]:
         "seconds": "seconds",
         "return": "charts/episodic_return",
     }
-    curve = [{short: float(row[name]) for short, name in names.items()} for row in metrics]
+    every = max(1, len(metrics) // 200)  # points enough for a picture
+    points = [*metrics[:-1:every], metrics[-1]]
+    curve = [{short: float(row[name]) for short, name in names.items()} for row in points]
     training_return = round(curve[-1]["return"], 1)
     values = {name: round(result[name], 1) for name in ("mean", "std", "min", "max")}
-    speed = {"training_return": training_return, "steps_per_second": int(metrics[-1]["charts/SPS"])}
+    speed = {"steps": int(metrics[-1]["step"]), "seconds": float(metrics[-1]["seconds"])}
+    speed |= {"training_return": training_return, "steps_per_second": metrics[-1]["charts/SPS"]}
     return {"seed": seed} | values | speed, curve
 
 
@@ -52,7 +63,7 @@ def write(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw(curves: list[list[dict]]) -> None:
+def draw(task: str, script: str, curves: list[list[dict]], solved: float) -> None:
     """A thin line for each seed, and their mean."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -60,30 +71,34 @@ def draw(curves: list[list[dict]]) -> None:
     returns = np.array([[row["return"] for row in curve] for curve in curves])
     axes.plot(steps, returns.T, color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(steps, returns.mean(axis=0), color="tab:blue", label=f"mean of {len(curves)} seeds")
-    axes.axhline(200, color="gray", linestyle="--", linewidth=0.8, label="solved")
+    axes.axhline(solved, color="gray", linestyle="--", linewidth=0.8, label=f"{solved}")
     axes.set(xlabel="environment steps", ylabel="return (last 100 training episodes)")
-    axes.set_title("python ppo.py: LunarLander-v3", fontsize="medium")
+    axes.set_title(f"python {script}: {task.removeprefix(script[:-3] + '_')}", fontsize="medium")
     axes.legend()
-    figure.savefig(ROOT / "assets" / "ppo_lunarlander.png", dpi=130)
+    figure.savefig(ROOT / "assets" / f"{task}.png", dpi=130)
 
 
-def main() -> None:
+def run(task: str) -> None:
+    script, flags, num_seeds, solved = TASKS[task]
+    print(f"\n`python {script} {flags}`\n")
     rows, curves = [], []
-    for seed in SEEDS:
-        row, curve = score(seed)
+    for seed in range(1, num_seeds + 1):
+        row, curve = score(script, flags, seed)
         rows.append(row)
         curves.append(curve)
-        if seed == SEEDS[0]:
+        if seed == 1:
             print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
     means = np.array([row["mean"] for row in rows])
-    print(
-        f"\n{means.mean():.1f} +- {means.std():.1f}; {(means >= 200).sum()} of {len(means)} >= 200"
-    )
-    write("scores_lunarlander.csv", rows)
-    write("curves_lunarlander.csv", sum(curves, []))
-    draw(curves)
+    good = (means >= solved).sum()
+    print(f"\n{means.mean():.1f} +- {means.std():.1f}; {good} of {len(means)} >= {solved}")
+    write(f"scores_{task}.csv", rows)
+    write(f"curves_{task}.csv", sum(curves, []))
+    draw(task, script, curves, solved)
 
 
 if __name__ == "__main__":
-    main()
+    if not sys.argv[1:] or not set(sys.argv[1:]) <= set(TASKS):
+        sys.exit(f"usage: python benchmarks/scores.py TASK ..., of {', '.join(TASKS)}")
+    for name in sys.argv[1:]:
+        run(name)

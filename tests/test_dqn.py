@@ -82,8 +82,7 @@ def test_schedules_do_not_depend_on_the_number_of_environments(
         anneal_lr=False,
     )
     env = probe(lambda time, bit: bit, lambda time, bit, action: 1.0, num_envs=num_envs)
-    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam())
-    replay, events = dqn.make_replay(args), []
+    tx, replay, events = optax.scale_by_adam(), dqn.make_replay(args), []
     real_update = dqn.update
 
     def update(agent, target, opt_state, tx, batch, number, args):
