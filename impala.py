@@ -31,8 +31,8 @@ update: one update behind, always, so that a seed determines the run for any num
 Differs from ppo.py in: acting and learning overlap; the loss is a policy gradient in which V-trace
 makes up for the actors' older policy; one pass over the batch.
 
-Differs from the paper: the lag is fixed, the batch is taken in minibatches of environments, losses
-are means, rewards are scaled, and a time limit is not taken for the end of the task
+Differs from the paper: the lag is fixed, Adam takes the place of RMSProp, advantages are normalised,
+losses are means, rewards are scaled, and a time limit is not taken for the end of the task
 (arXiv:1712.00378).
 """
 
@@ -78,16 +78,16 @@ class Args:
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
-    total_timesteps: int = 2_000_000  # environment steps of each agent
-    num_envs: int = 64  # parallel environments, of all actors together
-    num_steps: int = 20  # steps in each environment between two updates
-    learning_rate: float = 1e-3  # Adam's step size at the start
+    total_timesteps: int = 1_500_000  # environment steps of each agent
+    num_envs: int = 16  # parallel environments, of all actors together
+    num_steps: int = 64  # steps in each environment between two updates
+    learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.997  # discount factor
     num_actor_threads: int = 1  # threads on each actor device
     actor_device_ids: tuple[int, ...] = (0,)  # devices that act
     learner_device_ids: tuple[int, ...] = (0,)  # devices that learn, each on its share of a batch
-    num_minibatches: int = 16  # gradient steps for each batch, each on other environments
+    num_minibatches: int = 1  # gradient steps for each batch, each on other environments
     norm_adv: bool = True  # normalise the advantages of each minibatch
     rho_bar: float = 1.0  # bound of V-trace's weights rho
     c_bar: float = 1.0  # bound of V-trace's traces c

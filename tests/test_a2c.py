@@ -21,7 +21,7 @@ def make_batch(args):
 
 def test_the_policy_s_gradient_is_the_advantage_times_that_of_the_log_prob():
     """Section 4 of the paper, summed by hand over the steps."""
-    args = small_args("a2c", ent_coef=0.0, vf_coef=0.0)
+    args = small_args("a2c", ent_coef=0.0, vf_coef=0.0, norm_adv=False)
     agent, batch, advantages, returns = make_batch(args)
     grads = jax.grad(a2c.a2c_loss, has_aux=True)(agent, batch, advantages, returns, args)[0]
     logprob = lambda agent, obs, action: agent(obs)[0].log_prob(action)
