@@ -420,12 +420,15 @@ def make_env(
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
         kwargs = json.loads(env_kwargs)
+        repeats = kwargs.pop("action_repeat", 1)
         env = suites.get(suite, partial(own_env, own))(name, num_envs, seed, **kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError) as error:
         if env_kwargs == "{}":
             raise
         fail(f"{env_id} refuses --env-kwargs {env_kwargs}: {str(error).splitlines()[0]}")
-    return shape_obs(env, mask_obs)
+    if type(repeats) is not int or repeats < 1:
+        fail(f'"action_repeat" in --env-kwargs must be a whole number from 1, not {repeats}')
+    return repeat_action(shape_obs(env, mask_obs), repeats)
 
 
 def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
@@ -459,6 +462,33 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, Timestep(shape(obs), shape(next_obs), *rest)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
+
+
+def repeat_action(env: Env, repeats: int) -> Env:
+    """Takes each action several times and adds up the rewards: "action_repeat" in --env-kwargs.
+
+    Where an episode ends on the way, what is left of the repeats opens the next one, unrecorded.
+    """
+
+    def step(key, env_state, action):
+        first_key, *keys = jax.random.split(key, repeats)
+        env_state, sums = env.step(first_key, env_state, action)
+        for key in keys:
+            env_state, timestep = env.step(key, env_state, action)
+            ended = sums.terminated | sums.truncated
+            next_obs = jnp.where(
+                ended.reshape(-1, *[1] * (sums.next_obs.ndim - 1)), sums.next_obs, timestep.next_obs
+            )
+            sums = Timestep(
+                timestep.obs,
+                next_obs,
+                sums.reward + jnp.where(ended, 0.0, timestep.reward),
+                jnp.where(ended, sums.terminated, timestep.terminated),
+                jnp.where(ended, sums.truncated, timestep.truncated),
+            )
+        return env_state, sums
+
+    return env if repeats == 1 else env._replace(step=step)
 
 
 def gymnax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:

@@ -79,7 +79,9 @@ def main() -> None:
     if not (SBX / "bin" / "python").exists():
         venv.create(SBX, with_pip=True)
         packages = ["sbx-rl==0.28.0", "gymnasium[classic-control,mujoco]"]
-        subprocess.run([SBX / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True)
+        subprocess.run(
+            [SBX / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True
+        )
     rows = []
     for number in range(ROUNDS):
         for name, timing in [("sac.py", time_ours(ours, steps)), ("sbx", time_sbx(theirs, steps))]:

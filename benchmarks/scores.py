@@ -20,12 +20,28 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 LANDER = "--eval-env-id gymnasium::LunarLander-v3"
+HALFCHEETAH = (
+    "--env-id envpool::HalfCheetah-v5 --num-envs 8 --num-steps 256 --num-minibatches 32 "
+    "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward"
+)
+LANDER_BY_DQN = (
+    "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 300000 --reward-scale 0.1 "
+    "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
+    "--target-network-frequency 1000 --exploration-fraction 0.2"
+)
 TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "ppo_lunarlander": ("ppo.py", LANDER, 10, 200),
     "a2c_lunarlander": ("a2c.py", LANDER, 10, 200),
     "impala_lunarlander": ("impala.py", LANDER, 10, 200),
     "ppo_continuous_pendulum": ("ppo_continuous.py", "", 10, -170),
+    "ppo_continuous_halfcheetah": (
+        "ppo_continuous.py",
+        f"{HALFCHEETAH} --total-timesteps 1000000",
+        3,
+        0,
+    ),
     "dqn_cartpole": ("dqn.py", "", 10, 475),
+    "dqn_lunarlander": ("dqn.py", f"{LANDER_BY_DQN} {LANDER}", 5, 200),
     "sac_pendulum": ("sac.py", "", 10, -160),
 }
 

@@ -260,6 +260,7 @@ BAD_FLAGS = {
     "kwargs no JSON": (["--env-kwargs", "{gravity}"], "--env-kwargs"),
     "kwargs no object": (["--env-kwargs", "[1]"], "--env-kwargs"),
     "kwargs unknown": (["--env-kwargs", '{"gravitation": 1}'], "gravitation"),
+    "action repeat": (["--env-kwargs", '{"action_repeat": 0}'], "whole number from 1"),
     "no such run": (["--resume", "nowhere"], "nowhere"),
     "another evaluation": (["--eval-env-id", "gymnax::CartPole-v1"], "other observations"),
 }

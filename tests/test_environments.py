@@ -339,6 +339,32 @@ def test_mask_obs_hides_entries():
     np.testing.assert_array_equal(masked_steps.next_obs, steps.next_obs[..., [0, 2]])
 
 
+def test_action_repeat_adds_rewards_and_keeps_the_end():
+    """Counted against the same environment without repeats, on its own sequence of steps."""
+    kwargs = '{"max_steps_in_episode": 11, "action_repeat": 3}'
+    env = ppo.make_env("gymnax::CartPole-v1", 4, env_kwargs=kwargs)
+    single = ppo.make_env("gymnax::CartPole-v1", 4, env_kwargs='{"max_steps_in_episode": 11}')
+    env_state, obs = env.reset(jax.random.key(0))
+    step, single_step, ends = jax.jit(env.step), jax.jit(single.step), 0
+    for t in range(40):
+        key, action = jax.random.key(t), jnp.array([0, 1, t % 2, t // 2 % 2])
+        state, parts = env_state, []
+        for part_key in jax.random.split(key, 3):
+            state, timestep = single_step(part_key, state, action)
+            parts.append(timestep)
+        env_state, timestep = step(key, env_state, action)
+        for b in range(4):
+            done = [bool(part.terminated[b] | part.truncated[b]) for part in parts]
+            last = done.index(True) if any(done) else 2
+            ends += any(done[:2])
+            assert timestep.reward[b] == sum(part.reward[b] for part in parts[: last + 1])
+            assert timestep.terminated[b] == parts[last].terminated[b]
+            assert timestep.truncated[b] == parts[last].truncated[b]
+            np.testing.assert_allclose(timestep.next_obs[b], parts[last].next_obs[b], atol=1e-6)
+            np.testing.assert_allclose(timestep.obs[b], parts[2].obs[b], atol=1e-6)
+    assert ends > 5  # episodes that ended on the way
+
+
 def test_a_suite_of_the_user_s_own(tmp_path, monkeypatch):
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs" / "mine.py").write_text(

@@ -178,9 +178,9 @@ def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
         with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:]) as train:
             for num_iterations in calls:
                 state, metrics = train(state, num_iterations)
+            assert [x.name for x in threading.enumerate()].count("actor") == num_actor_threads
         assert_equal((state, metrics), (plain, plain_metrics))
-    assert threading.active_count() == len(threading.enumerate())
-    assert not [x for x in threading.enumerate() if x.name.startswith("actor")]
+        assert not [x for x in threading.enumerate() if x.name == "actor"]
 
 
 def test_the_actors_are_one_update_behind():
@@ -214,7 +214,7 @@ def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
         with impala.actor_threads(args, [acts[0], breaks], learn) as train:
             train(state, 3)
     assert any(entry.name == "breaks" for entry in error.traceback)  # its own traceback
-    assert not [x for x in threading.enumerate() if x.name.startswith("actor")]
+    assert not [x for x in threading.enumerate() if x.name == "actor"]
 
 
 def test_devices_share_the_work_and_change_nothing(tmp_path):
