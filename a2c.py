@@ -78,7 +78,7 @@ class Args:
     learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.997  # discount factor
-    gae_lambda: float = 1.0  # lambda of generalised advantage estimation, 1 for n-step returns
+    gae_lambda: float = 0.98  # lambda of generalised advantage estimation, 1 for n-step returns
     norm_adv: bool = True  # normalise the advantages of each batch
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
@@ -284,25 +284,36 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         return TrainState(agent, tx.init(agent), env_state, obs, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, env_state, obs, stats, key, iteration = state
-        rollout_key, key = jax.random.split(key)
-        env_state, obs, batch = rollout(agent, env, env_state, obs, rollout_key, args.num_steps)
+        rollout_key, key = jax.random.split(state.key)
+        env_state, obs, batch = rollout(
+            state.agent, env, state.env_state, state.obs, rollout_key, args.num_steps
+        )
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
         advantages, returns = compute_gae(
-            rewards, batch.value, batch.done, agent(obs)[1], args.gamma, args.gae_lambda
+            rewards, batch.value, batch.done, state.agent(obs)[1], args.gamma, args.gae_lambda
         )
         assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
 
-        progress = iteration / args.num_iterations
+        progress = state.iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)
         data = (batch, advantages, returns)
-        agent, opt_state, metrics = update(agent, opt_state, tx, learning_rate, data, args)
+        agent, opt_state, metrics = update(
+            state.agent, state.opt_state, tx, learning_rate, data, args
+        )
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
-        stats = record_episodes(stats, batch.reward, batch.done)
+        stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, env_state, obs, stats, key, iteration + 1)
+        state = state._replace(
+            agent=agent,
+            opt_state=opt_state,
+            env_state=env_state,
+            obs=obs,
+            stats=stats,
+            key=key,
+            iteration=state.iteration + 1,
+        )
         return state, metrics | episode_metrics(stats)
 
     return init, train_iteration

@@ -309,27 +309,36 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         return TrainState(agent, tx.init(agent), env_state, obs, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, env_state, obs, stats, key, iteration = state
-        rollout_key, update_key, key = jax.random.split(key, 3)
-        env_state, obs, batch = rollout(agent, env, env_state, obs, rollout_key, args.num_steps)
+        rollout_key, update_key, key = jax.random.split(state.key, 3)
+        env_state, obs, batch = rollout(
+            state.agent, env, state.env_state, state.obs, rollout_key, args.num_steps
+        )
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
         advantages, returns = compute_gae(
-            rewards, batch.value, batch.done, agent(obs)[1], args.gamma, args.gae_lambda
+            rewards, batch.value, batch.done, state.agent(obs)[1], args.gamma, args.gae_lambda
         )
         assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
 
-        progress = iteration / args.num_iterations
+        progress = state.iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)  # detail 4
         data = (batch, advantages, returns)
         agent, opt_state, metrics = update(
-            agent, opt_state, tx, learning_rate, data, update_key, args
+            state.agent, state.opt_state, tx, learning_rate, data, update_key, args
         )
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
-        stats = record_episodes(stats, batch.reward, batch.done)
+        stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, env_state, obs, stats, key, iteration + 1)
+        state = state._replace(
+            agent=agent,
+            opt_state=opt_state,
+            env_state=env_state,
+            obs=obs,
+            stats=stats,
+            key=key,
+            iteration=state.iteration + 1,
+        )
         return state, metrics | episode_metrics(stats)
 
     return init, train_iteration

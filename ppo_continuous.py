@@ -342,12 +342,12 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     env_state: Any
     obs: Array  # [B, *obs_shape]
-    obs_stats: RunningStats | None
-    return_stats: RunningStats | None
-    discounted: Array  # [B], discounted return since the episode's start
     stats: "EpisodeStats"
     key: Array
     iteration: Array  # iterations done
+    obs_stats: RunningStats | None = None  # None: observations are not normalised
+    return_stats: RunningStats | None = None  # None: rewards are not normalised
+    discounted: Array | None = None  # [B], discounted return since the episode's start
 
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
@@ -361,18 +361,9 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         env_state, obs = env.reset(env_key)
         obs_stats = init_running(env.obs_shape) if args.norm_obs else None
         return_stats = init_running(()) if args.norm_reward else None
-        return TrainState(
-            agent=agent,
-            opt_state=tx.init(agent),
-            env_state=env_state,
-            obs=obs,
-            obs_stats=obs_stats,
-            return_stats=return_stats,
-            discounted=jnp.zeros(args.num_envs),
-            stats=init_stats(args.num_envs),
-            key=key,
-            iteration=jnp.int32(0),
-        )
+        stats, discounted = init_stats(args.num_envs), jnp.zeros(args.num_envs)
+        state = TrainState(agent, tx.init(agent), env_state, obs, stats, key, jnp.int32(0))
+        return state._replace(obs_stats=obs_stats, return_stats=return_stats, discounted=discounted)
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
@@ -402,17 +393,17 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(
+        state = state._replace(
             agent=agent,
             opt_state=opt_state,
             env_state=env_state,
             obs=obs,
-            obs_stats=obs_stats,
-            return_stats=return_stats,
-            discounted=discounted,
             stats=stats,
             key=key,
             iteration=state.iteration + 1,
+            obs_stats=obs_stats,
+            return_stats=return_stats,
+            discounted=discounted,
         )
         return state, metrics | episode_metrics(stats)
 

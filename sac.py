@@ -25,7 +25,8 @@ Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
     python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 5000
     python sac.py --env-id envpool::HumanoidWalk-v1 --env-kwargs '{"action_repeat": 2}' \
         --block-type simba --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 \
-        --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2
+        --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
+        --target-entropy-scale 0.5
 
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
