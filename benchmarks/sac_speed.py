@@ -26,7 +26,7 @@ TASKS = {  # name: ours, theirs, steps
     "pendulum": ("gymnax::Pendulum-v1", "Pendulum-v1", 20_000),
     "halfcheetah": ("envpool::HalfCheetah-v5", "HalfCheetah-v5", 10_000),
 }
-ROUNDS = 5
+ROUNDS = 3
 
 SBX_PROGRAM = """
 import sys, time
