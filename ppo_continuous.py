@@ -270,7 +270,7 @@ def update_running(stats: RunningStats, x: Array) -> RunningStats:
 
 
 def normalize(obs: Array, stats: RunningStats | None) -> Array:
-    """Observations with mean 0 and variance 1, clipped to 10 (details c6, c7); None: as they are."""
+    """Observations with mean 0 and variance 1, clipped to 10; stats None: as they are."""
     if stats is None:
         return obs
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
@@ -367,7 +367,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
-        # The statistics stay as they are from the rollout to the end of the update: ratio 1.
+        # The statistics (details c6 and c7) stay as they are until the update is done: ratio 1.
         policy = lambda obs: state.agent(normalize(obs, state.obs_stats))
         env_state, obs, batch = rollout(
             policy, env, state.env_state, state.obs, rollout_key, args.num_steps

@@ -264,7 +264,7 @@ def update_running(stats: RunningStats, x: Array) -> RunningStats:
 
 
 def normalize(obs: Array, stats: RunningStats | None) -> Array:
-    """Observations with mean 0 and variance 1, clipped to 10 (details c6, c7); None: as they are."""
+    """Observations with mean 0 and variance 1, clipped to 10; stats None: as they are."""
     if stats is None:
         return obs
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
