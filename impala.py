@@ -80,7 +80,7 @@ class Args:
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 1_500_000  # environment steps of each agent
-    num_envs: int = 8  # parallel environments, of all actors together
+    num_envs: int = 16  # parallel environments, of all actors together
     num_steps: int = 64  # steps in each environment between two updates
     learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
@@ -92,7 +92,7 @@ class Args:
     norm_adv: bool = True  # normalise the advantages of each minibatch
     rho_bar: float = 2.0  # bound of V-trace's weights rho
     c_bar: float = 2.0  # bound of V-trace's traces c, at most rho_bar
-    vtrace_lambda: float = 0.98  # factor on the traces c
+    vtrace_lambda: float = 1.0  # factor on the traces c
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient

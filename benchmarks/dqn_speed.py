@@ -22,7 +22,7 @@ from statistics import median
 
 ROOT = Path(__file__).parent.parent
 REJAX = ROOT / "benchmarks" / ".venv-rejax"
-ROUNDS, STEPS = 5, 200_000
+ROUNDS, STEPS = 3, 200_000
 
 
 def time_calls(train, state) -> float:

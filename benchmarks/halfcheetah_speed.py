@@ -20,7 +20,7 @@ import numpy as np
 from scores import HALFCHEETAH
 
 ROOT = Path(__file__).parent.parent
-NUM_ENVS, ROUNDS = 8, 5
+NUM_ENVS, ROUNDS = 8, 3
 
 
 def raw() -> float:
