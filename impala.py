@@ -31,10 +31,9 @@ update: one update behind, always, so that a seed determines the run for any num
 Differs from ppo.py in: acting and learning overlap; the loss is a policy gradient in which V-trace
 makes up for the actors' older policy; one pass over the batch.
 
-Differs from the paper: the lag is fixed, the bounds of V-trace are 2 (with 1, ratios within 3 % of 1
-shorten the traces: min(1, ratio) is .99 on average, half after 64 steps), Adam takes the place of
-RMSProp, advantages are normalised, losses are means, rewards are scaled, and a time limit is not
-taken for the end of the task (arXiv:1712.00378).
+Differs from the paper: the lag is fixed, Adam takes the place of RMSProp, advantages are normalised,
+losses are means, rewards are scaled, and a time limit is not taken for the end of the task
+(arXiv:1712.00378).
 """
 
 import os
@@ -80,7 +79,7 @@ class Args:
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 1_500_000  # environment steps of each agent
-    num_envs: int = 16  # parallel environments, of all actors together
+    num_envs: int = 8  # parallel environments, of all actors together
     num_steps: int = 64  # steps in each environment between two updates
     learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
@@ -90,9 +89,9 @@ class Args:
     learner_device_ids: tuple[int, ...] = (0,)  # devices that learn, each on its share of a batch
     num_minibatches: int = 1  # gradient steps for each batch, each on other environments
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    rho_bar: float = 2.0  # bound of V-trace's weights rho
-    c_bar: float = 2.0  # bound of V-trace's traces c, at most rho_bar
-    vtrace_lambda: float = 1.0  # factor on the traces c
+    rho_bar: float = 1.0  # bound of V-trace's weights rho
+    c_bar: float = 1.0  # bound of V-trace's traces c, at most rho_bar
+    vtrace_lambda: float = 1.0  # factor on the traces c, which c_bar alone shortens already
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient

@@ -286,9 +286,9 @@ OWN_BAD_FLAGS = {
     ("sac", "--num-critics 0"): "--num-critics must be at least 1",
     ("sac", "--num-envs 7 --total-timesteps 100"): "--num-envs x --num-steps, 1400",
     ("impala", "--env-id gymnax::Pendulum-v1"): "ppo_continuous.py",
-    ("impala", "--num-actor-threads 3"): "3 actor threads: take 15",
-    ("impala", "--num-minibatches 5"): "--num-minibatches 5: take 15",
-    ("impala", "--c-bar 3"): "--c-bar 3.0 must be at most --rho-bar 2.0",
+    ("impala", "--num-actor-threads 3"): "3 actor threads: take 9",
+    ("impala", "--num-minibatches 5"): "--num-minibatches 5: take 10",
+    ("impala", "--c-bar 3"): "--c-bar 3.0 must be at most --rho-bar 1.0",
     ("impala", "--learner-device-ids 7"): "--learner-device-ids takes different ids of the 1",
     ("impala", "--actor-device-ids 0 0"): "--actor-device-ids takes different ids",
 }
