@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 LANDER = "--eval-env-id gymnasium::LunarLander-v3"
 HALFCHEETAH = (
-    "--env-id envpool::HalfCheetah-v5 --num-envs 8 --num-steps 256 --num-minibatches 32 "
+    "--env-id envpool::HalfCheetah-v5 --num-envs 64 --num-steps 64 --num-minibatches 32 "
     "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward"
 )
 LANDER_BY_DQN = (
