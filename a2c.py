@@ -24,6 +24,10 @@ waits for all environments and then takes one gradient step on the whole batch.
     python a2c.py --target-return 200                         # stop as soon as it is solved
     python a2c.py --env-id gymnax::CartPole-v1 --num-seeds 8  # eight seeds in one program
 
+Expected, on two CPU cores: greedy return 212 +- 25 after 1.5M steps (mean and std of 6 seeds, 100
+episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 13 s after the launch (median
+of 10 seeds; benchmarks/ has the raw data).
+
 Differs from ppo.py in: the loss (no ratio, no clipping), and one gradient step for each rollout
 instead of epochs of minibatches, so the rollouts are small.
 

@@ -28,6 +28,9 @@ Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
         --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
         --target-entropy-scale 0.5
 
+Expected on Pendulum-v1, on two CPU cores: greedy return @sac after 20k steps (mean and std of 6
+seeds, 100 episodes each), 44 s for the whole command.
+
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
 
@@ -91,9 +94,7 @@ class Args:
     tau: float = 0.005  # how far the target critics follow at each gradient step
     alpha: float = 1.0  # weight of the entropy, at the start if autotune
     autotune: bool = True  # learn alpha so that the entropy stays near its target
-    target_entropy_scale: float = (
-        1.0  # that target is minus this times the number of action entries
-    )
+    target_entropy_scale: float = 1.0  # target of the entropy: minus this for each action entry
     reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
     block_type: Literal["mlp", "simba"] = "mlp"  # hidden layers, or SimBa's residual blocks
     actor_hidden_size: int = 256  # width of the actor
