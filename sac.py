@@ -28,7 +28,7 @@ Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
         --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
         --target-entropy-scale 0.5
 
-Expected on Pendulum-v1, on two CPU cores: greedy return @sac after 20k steps (mean and std of 6
+Expected on Pendulum-v1, on two CPU cores: greedy return -148 +- 12 after 20k steps (mean and std of 6
 seeds, 100 episodes each), 44 s for the whole command.
 
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
