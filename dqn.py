@@ -77,7 +77,7 @@ class Args:
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 10  # parallel environments
-    num_steps: int = 100  # steps in each environment from one log row to the next
+    num_steps: int = 100  # steps in each environment in an iteration, after which runs can stop
     learning_rate: float = 2.5e-4  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.99  # discount factor
@@ -1021,13 +1021,16 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "unroll"))
 
 
+CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+
+
 def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
     """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
     iteration = int(np.max(state.iteration))
     iteration_steps = args.num_envs * args.num_steps
     logger = Logger(args, run_dir, iteration * iteration_steps)
     # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
-    strides = [max(1, 8_192 // iteration_steps), args.checkpoint_every or args.num_iterations]
+    strides = [max(1, CALL_STEPS // iteration_steps), args.checkpoint_every or args.num_iterations]
     reached = False
     while iteration < args.num_iterations and not reached and not caught:
         ends = [iteration - iteration % stride + stride for stride in strides]
