@@ -29,6 +29,8 @@ def wide_state(args, env):
     """A first state with a deviation of 3 where the bounds are 2, and statistics not trivial."""
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
     state.agent.log_std[...] = jnp.log(jnp.array([3.0]))
+    head = state.agent.actor.head  # so that the mean depends on the observation visibly
+    head.kernel[...] = 100.0 * head.kernel[...]
     mean, var = jnp.array([0.2, -0.1, 1.0]), jnp.array([0.5, 0.4, 9.0])
     return state._replace(obs_stats=script.RunningStats(mean, var, jnp.float32(100.0)))
 
