@@ -29,6 +29,11 @@ LANDER_BY_DQN = (
     "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
     "--target-network-frequency 1000 --exploration-fraction 0.2"
 )
+BREAKOUT_BY_DQN = (
+    "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
+    "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
+    "--exploration-fraction 0.1 --hidden-sizes 128 128"
+)
 HUMANOID_BY_SIMBA = (
     "--env-id envpool::HumanoidWalk-v1 --block-type simba --actor-hidden-size 128 "
     "--actor-num-blocks 1 --critic-hidden-size 512 --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 "
@@ -47,6 +52,7 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     ),
     "dqn_cartpole": ("dqn.py", "", 10, 475),
     "dqn_lunarlander": ("dqn.py", f"{LANDER_BY_DQN} {LANDER}", 5, 200),
+    "dqn_breakout": ("dqn.py", BREAKOUT_BY_DQN, 2, 28),  # 28: PPO's score in gymnax
     "sac_pendulum": ("sac.py", "", 6, -160),
 }
 
