@@ -34,11 +34,6 @@ BREAKOUT_BY_DQN = (
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
     "--exploration-fraction 0.1 --hidden-sizes 128 128"
 )
-HUMANOID_BY_SIMBA = (
-    "--env-id envpool::HumanoidWalk-v1 --block-type simba --actor-hidden-size 128 "
-    "--actor-num-blocks 1 --critic-hidden-size 512 --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 "
-    "--weight-decay 1e-2 --updates-per-step 2 --target-entropy-scale 0.5 --learning-starts 5000"
-)
 TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "ppo_lunarlander": ("ppo.py", LANDER, 10, 200),
     "a2c_lunarlander": ("a2c.py", LANDER, 6, 200),
