@@ -1258,7 +1258,9 @@ def main(args: Args) -> Path:
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
         key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-        init, acts, learn = jax.vmap(init), [jax.vmap(act) for act in acts], jax.vmap(learn)
+        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
+        init = partial(jax.lax.map, init)
+        acts, learn = [jax.vmap(act) for act in acts], jax.vmap(learn)
     state = jax.jit(init)(key)
     if args.resume:
         state = resume_state(run_dir, state, env.hosted)

@@ -1244,7 +1244,8 @@ def main(args: Args) -> Path:
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
         key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-        init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
+        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
     state, train = compile_training(init, train_iteration, key)
     if args.resume:
         state = resume_state(run_dir, state, env.hosted)

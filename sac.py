@@ -444,14 +444,14 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: 
 def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Args):
     """A gradient step of critics, actor and temperature on a batch [M, ...] -> learner, metrics."""
     target_key, actor_key = jax.random.split(key)
-    actor, critic, target, log_alpha, opt_states = learner
-    alpha = jnp.exp(log_alpha)
+    actor, critic, log_alpha = learner.actor, learner.critic, learner.log_alpha
+    alpha, opt_states = jnp.exp(log_alpha), learner.opt_states
 
     def descend(name, part, grads):
         updates, opt_state = txs[name].update(grads, opt_states[name], part)
         return optax.apply_updates(part, updates), opt_state
 
-    targets = compute_targets(actor, target, alpha, batch, target_key, args)
+    targets = compute_targets(actor, learner.target, alpha, batch, target_key, args)
     value_and_grad = partial(jax.value_and_grad, has_aux=True)
     (qf_loss, qf_values), grads = value_and_grad(critic_loss)(critic, batch, targets)
     critic, critic_opt = descend("critic", critic, grads)
@@ -463,7 +463,7 @@ def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Arg
         grads = jax.grad(alpha_loss)(log_alpha, entropy, target_entropy)
         log_alpha, alpha_opt = descend("log_alpha", log_alpha, grads)
 
-    target = optax.incremental_update(critic, target, args.tau)
+    target = optax.incremental_update(critic, learner.target, args.tau)
     opt_states = {"actor": actor_opt, "critic": critic_opt, "log_alpha": alpha_opt}
     metrics = dict(zip(LOSS_METRICS, (qf_loss, qf_values, pg_loss, entropy, alpha), strict=True))
     return Learner(actor, critic, target, log_alpha, opt_states), metrics
@@ -1258,7 +1258,8 @@ def main(args: Args) -> Path:
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
         key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-        init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
+        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
     state, train = compile_training(init, train_iteration, key)
     if args.resume:
         state = resume_state(run_dir, state, env.hosted)

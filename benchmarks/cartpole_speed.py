@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import venv
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -50,7 +51,7 @@ def time_ppo(num_envs: int, num_seeds: int) -> float:
     init, train_iteration = ppo.make_train(args, ppo.make_env(args.env_id, num_envs))
     key = jax.random.key(0)
     if num_seeds > 1:
-        init, train_iteration = jax.vmap(init), jax.vmap(train_iteration)
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
         key = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
     state, train = ppo.compile_training(init, train_iteration, key)
     return time_calls(lambda state, n: train(state, n)[0], state, num_envs)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -77,7 +78,8 @@ def last_checkpoint(run_dir):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
-    done = run(*SHORT_RUNS[name], "--num-seeds", 2, cwd=tmp_path, script="mine.py")
+    programs = {"XLA_FLAGS": "--xla_dump_to=hlo", "JAX_COMPILATION_CACHE_DIR": "cache"}
+    done = run(*SHORT_RUNS[name], "--num-seeds", 2, cwd=tmp_path, script="mine.py", **programs)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"mine__gymnax-\w+-v1__1__\d{8}-\d{6}-\d+", run_dir.name)
@@ -101,6 +103,11 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
         assert seed["episodes"] == 5 and seed["min"] <= seed["mean"] <= seed["max"]
     low, high = evaluation["iqm_ci95"]
     assert low <= evaluation["iqm"] <= high
+
+    # Two batched QR factorisations at the same time would wait for each other on two cores.
+    programs = [path.read_text() for path in (tmp_path / "hlo").glob("*before_optimizations.txt")]
+    factorised = re.findall(r"= \(f32\[([\d,]+)\][^=]*custom-call.*geqrf", "\n".join(programs))
+    assert factorised and all(shape.count(",") == 1 for shape in factorised)
 
 
 def test_target_return_stops_the_run(tmp_path):
@@ -175,7 +182,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
             envs = [module.make_env(args.env_id, args.num_envs // 2) for _ in range(2)]
         init, key = module.make_train(args, *envs)[0], jax.random.key(0)
         if num_seeds > 1:
-            init, key = jax.vmap(init), jax.random.split(key, num_seeds)
+            init, key = partial(jax.lax.map, init), jax.random.split(key, num_seeds)
         states.append(module.load_checkpoint(run_dir, jax.jit(init)(key)))
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
         if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):

@@ -95,7 +95,8 @@ def test_a_seed_determines_the_metrics(name):
 def test_a_seed_among_several_is_the_seed_alone(name):
     args, env = small_args(name, 10), real_env(name)
     init, train_iteration = importlib.import_module(name).make_train(args, env)
-    states = jax.jit(jax.vmap(init))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    states = jax.jit(lambda keys: jax.lax.map(init, keys))(keys)
     train_all, train_one = jax.jit(jax.vmap(train_iteration)), jax.jit(train_iteration)
     alone = jax.jit(init)(jax.random.key(1))
     for _ in range(2):
