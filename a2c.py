@@ -31,8 +31,8 @@ of 10 seeds; benchmarks/ has the raw data).
 Differs from ppo.py in: the loss (no ratio, no clipping), and one gradient step for each rollout
 instead of epochs of minibatches, so the rollouts are small.
 
-Differs from the paper: the environments wait for each other, Adam takes the place of RMSProp, the
-step size is annealed, the gradient norm is clipped, advantages are normalised, rewards are scaled,
+Differs from the paper: the environments wait for each other, generalised advantage estimation takes
+the place of n-step returns and Adam that of RMSProp, the step size is annealed, the gradient norm clipped, advantages are normalised, rewards are scaled,
 and a time limit is not taken for the end of the task (arXiv:1712.00378).
 """
 
@@ -452,8 +452,8 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, shape(obs)
 
     def step(key, env_state, action):
-        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
-        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
+        env_state, (obs, next_obs, reward, *ends) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), jnp.float32(reward), *ends)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
 
@@ -867,7 +867,7 @@ def load_checkpoint(run_dir: Path, like: Any) -> Any:
             fail(f"{run_dir} has no checkpoint to resume from: start a new run")
         if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
             fail(
-                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+                f"the checkpoint in {run_dir} does not fit these flags: its own are in config.json"
             )
         restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
@@ -956,7 +956,7 @@ def catch_signals():
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

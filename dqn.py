@@ -31,8 +31,8 @@ Differs from ppo.py in: off-policy. It acts epsilon-greedily, keeps what it saw 
 and after each step takes the gradient steps that are due: one per --train-frequency environment
 steps, however many environments there are. The buffer is part of the training state.
 
-Differs from the paper: double Q-learning, Adam, errors are not clipped, several environments at
-once, and a time limit is not taken for the end of the task (arXiv:1712.00378).
+Differs from the paper: double Q-learning, orthogonal weights, Adam with an annealed step size,
+errors are not clipped, several environments at once, and a time limit is not taken for the end of the task (arXiv:1712.00378).
 """
 
 import os
@@ -77,7 +77,7 @@ class Args:
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 10  # parallel environments
-    num_steps: int = 100  # steps in each environment in an iteration, after which runs can stop
+    num_steps: int = 100  # steps in each environment in an iteration
     learning_rate: float = 2.5e-4  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.99  # discount factor
@@ -461,8 +461,8 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, shape(obs)
 
     def step(key, env_state, action):
-        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
-        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
+        env_state, (obs, next_obs, reward, *ends) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), jnp.float32(reward), *ends)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
 
@@ -876,7 +876,7 @@ def load_checkpoint(run_dir: Path, like: Any) -> Any:
             fail(f"{run_dir} has no checkpoint to resume from: start a new run")
         if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
             fail(
-                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+                f"the checkpoint in {run_dir} does not fit these flags: its own are in config.json"
             )
         restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
@@ -965,7 +965,7 @@ def catch_signals():
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1090,6 +1090,11 @@ def check_args(args: Args) -> None:
     if args.num_iterations < 1:
         iteration_steps = args.num_envs * args.num_steps
         fail(f"--total-timesteps must be at least --num-envs x --num-steps, {iteration_steps}")
+    if args.learning_starts >= args.total_timesteps:
+        fail(
+            f"--learning-starts {args.learning_starts} must be below --total-timesteps "
+            f"{args.total_timesteps}, or nothing is learned"
+        )
 
 
 def check_env(env: Env, env_id: str) -> None:

@@ -23,7 +23,7 @@ Cleanba, Huang et al. 2023, arXiv:2310.00036 (queues of length one).
     python impala.py                                           # LunarLander-v3
     python impala.py --target-return 200                       # stop as soon as it is solved
     python impala.py --num-actor-threads 2                     # two threads share the environments
-    python impala.py --actor-device-ids 0 --learner-device-ids 1 2 3           # with four GPUs
+    python impala.py --num-envs 12 --actor-device-ids 0 --learner-device-ids 1 2 3     # four GPUs
 
 Expected, on two CPU cores: greedy return 221 +- 31 after 1.5M steps (mean and std of 6 seeds, 100
 episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 18 s after the launch (median).
@@ -49,6 +49,7 @@ import csv
 import dataclasses
 import difflib
 import json
+import math
 import queue
 import signal
 import sys
@@ -211,10 +212,8 @@ def rollout(agent: Agent, env: "Env", env_state: Any, obs: Array, key: Array, nu
         action = jax.random.categorical(action_key, pi.logits)
         logprob = pi.log_prob(action)
         env_state, timestep = env.step(env_key, env_state, action)
-        done, cut = (
-            timestep.terminated | timestep.truncated,
-            ~timestep.terminated & timestep.truncated,
-        )
+        done = timestep.terminated | timestep.truncated
+        cut = timestep.truncated & ~timestep.terminated
         transition = Transition(obs, action, logprob, timestep.reward, done, cut, timestep.next_obs)
         return (env_state, timestep.obs), transition
 
@@ -322,7 +321,7 @@ class TrainState(NamedTuple):
     """All that one iteration hands to the next: saving it is an exact checkpoint."""
 
     agent: Agent
-    actor: Agent  # the agent from before the last update, which plays the next rollouts
+    acting_agent: Agent  # the one from before the last update, which plays the next rollouts
     opt_state: optax.OptState
     env_state: tuple  # an entry for each actor thread
     obs: tuple[Array, ...]  # likewise, [B / num_actors, *obs_shape]
@@ -340,7 +339,7 @@ def make_train(args: Args, *envs: "Env") -> tuple[Callable, Callable]:
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         inputs = zip(acts, state.env_state, state.obs, state.keys, strict=True)
-        rollouts = [act(state.actor, *rest) for act, *rest in inputs]
+        rollouts = [act(state.acting_agent, *rest) for act, *rest in inputs]
         return learn(state, *zip(*rollouts, strict=True))
 
     return init, train_iteration
@@ -400,7 +399,8 @@ def update(agent, opt_state, tx, learning_rate, batch: Transition, last_obs: Arr
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics
 
-    minibatches = (jax.tree.map(lambda x: split(x, 1), batch), split(last_obs, 0))  # [N, T, M, ...]
+    # [N, T, M, ...] and [N, M, ...]
+    minibatches = (jax.tree.map(lambda x: split(x, 1), batch), split(last_obs, 0))
     (agent, opt_state), metrics = jax.lax.scan(minibatch_step, (agent, opt_state), minibatches)
     return agent, opt_state, jax.tree.map(jnp.mean, metrics)
 
@@ -418,8 +418,9 @@ def actor_loop(act: Callable, jobs: queue.Queue, rollouts: queue.Queue) -> None:
 
 
 @contextmanager
-def actor_threads(args: Args, acts: list[Callable], learn: Callable):
-    """Yields train(state, n), which runs n iterations with the actors in threads of their own.
+def actor_threads(args: Args, acts: list[Callable], learn: Callable, state: TrainState):
+    """Yields train(state, n), which runs n iterations with the actors in threads of their own. They
+    begin to play from the given state, and there is always a rollout under way, one too many at the end.
 
     It computes what n times train_iteration would: the learner takes the rollouts, sends the actors on
     with its agent, and only then updates that agent. An error in an actor is raised in train.
@@ -439,7 +440,6 @@ def actor_threads(args: Args, acts: list[Callable], learn: Callable):
         threading.Thread(target=actor_loop, args=parts, name="actor", daemon=True)
         for parts in zip(acts, jobs, rollouts, strict=True)
     ]
-    started = threading.Event()
 
     def send(agent, env_state, obs, keys):
         for place, job, *parts in zip(places, jobs, env_state, obs, keys, strict=True):
@@ -452,10 +452,7 @@ def actor_threads(args: Args, acts: list[Callable], learn: Callable):
         return result
 
     def train(state, num_iterations):
-        if not started.is_set():  # from then on there is always a rollout under way
-            started.set()
-            send(state.actor, state.env_state, state.obs, state.keys)
-            state = jax.device_put(state, copied)
+        state = jax.device_put(state, copied)
         for _ in range(num_iterations):
             env_state, obs, keys, batches = zip(*map(receive, rollouts), strict=True)
             send(state.agent, env_state, obs, keys)
@@ -466,6 +463,7 @@ def actor_threads(args: Args, acts: list[Callable], learn: Callable):
     for thread in threads:
         thread.start()
     try:
+        send(state.acting_agent, state.env_state, state.obs, state.keys)
         yield train
     finally:
         for job, thread in zip(jobs, threads, strict=True):
@@ -594,8 +592,8 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, shape(obs)
 
     def step(key, env_state, action):
-        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
-        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
+        env_state, (obs, next_obs, reward, *ends) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), jnp.float32(reward), *ends)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
 
@@ -1009,7 +1007,7 @@ def load_checkpoint(run_dir: Path, like: Any) -> Any:
             fail(f"{run_dir} has no checkpoint to resume from: start a new run")
         if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
             fail(
-                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+                f"the checkpoint in {run_dir} does not fit these flags: its own are in config.json"
             )
         restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
@@ -1098,7 +1096,7 @@ def catch_signals():
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1200,23 +1198,19 @@ def check_args(args: Args) -> None:
     if args.c_bar > args.rho_bar:
         fail(f"--c-bar {args.c_bar} must be at most --rho-bar {args.rho_bar}")
     check_range(args, "seed", 0, 2**30)
-    number = jax.local_device_count()
+    num_devices = jax.local_device_count()
     for name in ("actor_device_ids", "learner_device_ids"):
         ids = getattr(args, name)
-        if not ids or not set(ids) <= set(range(number)) or len(set(ids)) < len(ids):
+        if not ids or not set(ids) <= set(range(num_devices)) or len(set(ids)) < len(ids):
             flag = name.replace("_", "-")
-            fail(f"--{flag} takes different ids of the {number} devices, from 0, not {ids}")
-    for what, parts in [
-        (f"--num-minibatches {args.num_minibatches}", args.num_minibatches),
-        (f"{args.num_actors} actor threads", args.num_actors),
-        (
-            f"--num-minibatches x {len(args.learner_device_ids)} learner devices",
-            args.num_minibatches * len(args.learner_device_ids),
-        ),
-    ]:
-        if args.num_envs % parts:
-            near = max(1, round(args.num_envs / parts)) * parts
-            fail(f"--num-envs {args.num_envs} does not divide among {what}: take {near}")
+            fail(f"--{flag} takes different ids of the {num_devices} devices, from 0, not {ids}")
+    parts = math.lcm(args.num_minibatches, args.num_actors) * len(args.learner_device_ids)
+    if args.num_envs % parts:
+        near = max(1, round(args.num_envs / parts)) * parts
+        fail(
+            f"--num-envs {args.num_envs} must be a multiple of {parts}, to divide among minibatches, "
+            f"actor threads and learner devices: take {near}"
+        )
     if args.num_iterations < 1:
         fail(f"--total-timesteps must be at least one batch, {args.batch_size}")
 
@@ -1237,7 +1231,7 @@ def main(args: Args) -> Path:
         check_env(env, env_id)
         return env
 
-    # One for each actor; seeds this far apart share no environments with another run's.
+    # One for each actor; seeds this far apart share no environments with runs of nearby seeds.
     size, seeds = args.num_envs // args.num_actors, args.seed + 2**16 * np.arange(args.num_actors)
     envs = [make(args.env_id, size, int(seed)) for seed in seeds]
     env = envs[0]
@@ -1265,8 +1259,9 @@ def main(args: Args) -> Path:
     if args.resume:
         state = resume_state(run_dir, state, env.hosted)
     write_config(run_dir, args)
-    with catch_signals() as caught, actor_threads(args, acts, learn) as train:
+    with catch_signals() as caught, actor_threads(args, acts, learn, state) as train:
         state = run_training(args, run_dir, state, train, caught)
+    state = jax.device_put(state, jax.local_devices()[args.learner_device_ids[0]])  # of its copies
 
     if args.eval_episodes:
         seed = args.seed + 2**30  # other episodes than those trained on

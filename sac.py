@@ -34,8 +34,8 @@ seeds, 100 episodes each), 44 s for the whole command.
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
 
-Differs from the papers: the smaller of the critics' values also stands in the actor's loss of SimBa,
-its normalised observations are clipped to 10, and a time limit is not taken for the end of the task
+Differs from the papers: SimBa's normalised observations are clipped to 10, a policy's log standard
+deviation is squashed into a range, and a time limit is not taken for the end of the task
 (arXiv:1712.00378).
 """
 
@@ -55,6 +55,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -101,7 +102,7 @@ class Args:
     actor_num_blocks: int = 2  # its hidden layers or residual blocks
     critic_hidden_size: int = 256  # width of each critic
     critic_num_blocks: int = 2  # its hidden layers or residual blocks
-    num_critics: int = 2  # 2, or 1 to value actions without the minimum
+    num_critics: int = 2  # the smallest of their values counts
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
     eval_env_id: str | None = None  # where to play them, if not in env_id
@@ -396,9 +397,10 @@ def make_replay(args: Args) -> Any:
 
 def gradient_steps_due(step: Array, args: Args) -> Array:
     """Gradient steps due after so many environment steps, in all: the same for any num_envs."""
-    return jnp.floor(jnp.maximum(step - args.learning_starts, 0) * args.updates_per_step).astype(
-        int
-    )
+    ratio = Fraction(args.updates_per_step).limit_denominator(1_000)  # floats would lose count
+    steps = jnp.maximum(step - args.learning_starts, 0)
+    whole, rest = jnp.divmod(steps, ratio.denominator)
+    return whole * ratio.numerator + rest * ratio.numerator // ratio.denominator
 
 
 def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: Args):
@@ -590,8 +592,8 @@ def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
         return env_state, shape(obs)
 
     def step(key, env_state, action):
-        env_state, (obs, next_obs, *rest) = env.step(key, env_state, action)
-        return env_state, Timestep(shape(obs), shape(next_obs), *rest)
+        env_state, (obs, next_obs, reward, *ends) = env.step(key, env_state, action)
+        return env_state, Timestep(shape(obs), shape(next_obs), jnp.float32(reward), *ends)
 
     return env._replace(reset=reset, step=step, obs_shape=obs_shape)
 
@@ -1005,7 +1007,7 @@ def load_checkpoint(run_dir: Path, like: Any) -> Any:
             fail(f"{run_dir} has no checkpoint to resume from: start a new run")
         if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
             fail(
-                f"the checkpoint in {run_dir} is of another network or environment: see config.json"
+                f"the checkpoint in {run_dir} does not fit these flags: its own are in config.json"
             )
         restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
@@ -1094,7 +1096,7 @@ def catch_signals():
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this iteration (again: at once, unsaved)", file=sys.stderr)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1207,7 +1209,8 @@ def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
     check_range(args, "num_seeds num_envs num_steps buffer_size batch_size num_critics", 1)
     check_range(args, "actor_hidden_size critic_hidden_size actor_num_blocks critic_num_blocks", 1)
-    check_range(args, "policy_lr q_lr weight_decay learning_starts updates_per_step", 0)
+    check_range(args, "policy_lr q_lr weight_decay learning_starts", 0)
+    check_range(args, "updates_per_step", 0, 1_000)
     check_range(args, "reward_scale eval_episodes checkpoint_every", 0)
     check_range(args, "target_entropy_scale", float("-inf"))
     check_range(args, "gamma tau", 0, 1)
@@ -1218,6 +1221,11 @@ def check_args(args: Args) -> None:
     if args.num_iterations < 1:
         iteration_steps = args.num_envs * args.num_steps
         fail(f"--total-timesteps must be at least --num-envs x --num-steps, {iteration_steps}")
+    if args.learning_starts >= args.total_timesteps:
+        fail(
+            f"--learning-starts {args.learning_starts} must be below --total-timesteps "
+            f"{args.total_timesteps}, or nothing is learned"
+        )
 
 
 def check_env(env: Env, env_id: str) -> None:

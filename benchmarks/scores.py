@@ -25,9 +25,9 @@ HALFCHEETAH = (
     "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward"
 )
 LANDER_BY_DQN = (
-    "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 300000 --reward-scale 0.1 "
+    "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 400000 --reward-scale 0.1 "
     "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
-    "--target-network-frequency 1000 --exploration-fraction 0.2"
+    "--target-network-frequency 1000 --exploration-fraction 0.3 --hidden-sizes 128 128"
 )
 BREAKOUT_BY_DQN = (
     "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
@@ -49,6 +49,12 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "dqn_lunarlander": ("dqn.py", f"{LANDER_BY_DQN} {LANDER}", 5, 200),
     "dqn_breakout": ("dqn.py", BREAKOUT_BY_DQN, 2, 28),  # 28: PPO's score in gymnax
     "sac_pendulum": ("sac.py", "", 6, -160),
+    "sac_halfcheetah": (
+        "sac.py",
+        "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000",
+        2,
+        0,
+    ),
 }
 
 

@@ -284,6 +284,13 @@ def test_gymnax_truncates_at_its_limit():
     assert not steps.terminated.any()
 
 
+def test_rewards_are_floats_also_where_gymnax_counts_them():
+    env = ppo.make_env("gymnax::BernoulliBandit-misc", 3)
+    state, _ = env.reset(jax.random.key(0))
+    _, timestep = env.step(jax.random.key(1), state, jnp.zeros(3, int))
+    assert timestep.reward.dtype == jnp.float32
+
+
 def test_gymnax_grids_become_vectors():
     env = ppo.make_env("gymnax::Breakout-MinAtar", 2)
     first_obs, _, steps = play(env, 2, 100)

@@ -175,7 +175,7 @@ def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
         plain, plain_metrics = train_iteration(plain)
     for calls in ([7], [1, 4, 2]):
         state = first
-        with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:]) as train:
+        with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:], state) as train:
             for num_iterations in calls:
                 state, metrics = train(state, num_iterations)
             assert [x.name for x in threading.enumerate()].count("actor") == num_actor_threads
@@ -188,9 +188,9 @@ def test_the_actors_are_one_update_behind():
     (env,), state = start(args)
     train_iteration = jax.jit(impala.make_train(args, env)[1])
     first, metrics = train_iteration(state)
-    assert_equal(first.actor, state.agent)
+    assert_equal(first.acting_agent, state.agent)
     second, _ = train_iteration(first)
-    assert_equal(second.actor, first.agent)
+    assert_equal(second.acting_agent, first.agent)
     # So the second batch was played by the agent of the start, and its ratios are not 1.
     args = small_args("impala", num_minibatches=1)
     train_iteration = jax.jit(impala.make_train(args, env)[1])
@@ -211,7 +211,7 @@ def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
             raise RuntimeError("the motor is on fire")
 
     with pytest.raises(RuntimeError, match="the motor is on fire") as error:
-        with impala.actor_threads(args, [acts[0], breaks], learn) as train:
+        with impala.actor_threads(args, [acts[0], breaks], learn, state) as train:
             train(state, 3)
     assert any(entry.name == "breaks" for entry in error.traceback)  # its own traceback
     assert not [x for x in threading.enumerate() if x.name == "actor"]
@@ -229,7 +229,7 @@ def test_devices_share_the_work_and_change_nothing(tmp_path):
         for ids in [{"num_actor_threads": 2}, {"actor_device_ids": (1, 0), "learner_device_ids": (3, 2)}]:
             args = small_args("impala", **ids)
             envs, state = start(args)
-            with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:]) as train:
+            with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:], state) as train:
                 state, metrics = train(state, 3)
             ends.append((state.agent, metrics))
         learners = {device.id for device in jax.tree.leaves(state.agent)[0].devices()}
@@ -238,12 +238,26 @@ def test_devices_share_the_work_and_change_nothing(tmp_path):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
         print("the same")
     """
+    done = run_on_four_devices("-c", textwrap.dedent(program))
+    assert done.stdout.strip() == "the same", done.stderr
+
+
+def test_the_command_for_four_devices_trains_and_evaluates(tmp_path):
+    """EnvPool's steps cannot be split over devices, so the evaluation must leave the learners'."""
+    flags = "--num-envs 12 --num-actor-threads 2 --actor-device-ids 0 --learner-device-ids 1 2 3 "
+    flags += "--total-timesteps 8000 --eval-episodes 3"
+    done = run_on_four_devices(impala.__file__, *flags.split(), "--run-dir", tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    assert "greedy return over 3 episodes" in done.stdout
+
+
+def run_on_four_devices(*command):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     folder = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+    return subprocess.run(
+        [sys.executable, *command],
         capture_output=True,
         text=True,
+        timeout=300,
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{folder}:{os.path.dirname(folder)}"},
     )
-    assert done.stdout.strip() == "the same", done.stderr
