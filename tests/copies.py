@@ -23,6 +23,8 @@ VARY = {
     "Transition": "so is what its update needs of a step",
     "rollout": "and how it acts: memory, noise, threads",
     "LOSS_METRICS": "each loss has its own parts",
+    "ppo_loss": "of steps, or of sequences that begin with a memory",
+    "Layer": "of a Transformer, with sums or with gates",
     "TrainState": "each algorithm carries its own state",
     "make_train": "the wiring of the algorithm",
     "update": "what is done with a batch",

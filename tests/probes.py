@@ -18,7 +18,12 @@ import ppo
 SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
 ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
 OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
-CONTINUOUS = ["ppo_continuous", "sac"]
+CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac"]
+MEMORY = [
+    name
+    for name in SCRIPTS
+    if hasattr(getattr(importlib.import_module(name), "Agent", 0), "unroll")
+]
 NUM_ENVS = 16
 
 
@@ -60,8 +65,8 @@ class Learned(NamedTuple):
     """What a script has learned."""
 
     state: Any
-    value: Any  # observations -> their values
-    act: Any  # observations -> greedy actions
+    value: Any  # observations, reset (where episodes begin, by default at each) -> their values
+    act: Any  # observations that begin an episode -> greedy actions
 
 
 SMALL = {
@@ -95,6 +100,10 @@ SMALL = {
     },
 }
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
+SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
+SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"hidden_size": 32, "sequence_length": 8}
+SMALL["ppo_trxl"] = SMALL["ppo"] | {"memory_length": 6, "window_length": 8, "embed_dim": 32}
+SMALL["ppo_gtrxl"] = SMALL["ppo_trxl"]
 
 
 def small_args(name, num_iterations=60, **changes):
@@ -117,16 +126,48 @@ def train(name, args, env, num_iterations=None):
 def learn(name, env, num_iterations=60, **changes):
     """Trains the script on the probe -> Learned."""
     state, _ = train(name, small_args(name, num_iterations, **changes), env)
+    if name in MEMORY:
+
+        def unroll(obs, reset=None):  # one step after the other, in one environment
+            reset = jnp.ones(len(obs), bool) if reset is None else reset
+            memory = state.agent.initial_memory(1)
+            _, pi, value = state.agent.unroll(memory, obs[:, None], reset[:, None])
+            return pi.mode()[:, 0], value[:, 0]
+
+        return Learned(state, lambda *x: unroll(*x)[1], lambda obs: unroll(obs)[0])
     if name == "dqn":
         return Learned(
             state,
-            lambda obs: state.agent(obs).max(axis=-1),
+            lambda obs, reset=None: state.agent(obs).max(axis=-1),
             lambda obs: state.agent(obs).argmax(-1),
         )
     if name == "sac":
         act = lambda obs: jnp.tanh(state.learner.actor(obs).mean())
-        return Learned(state, lambda obs: state.learner.critic(obs, act(obs)).min(axis=0), act)
-    return Learned(state, lambda obs: state.agent(obs)[1], lambda obs: state.agent(obs)[0].mode())
+        value = lambda obs, reset=None: state.learner.critic(obs, act(obs)).min(axis=0)
+        return Learned(state, value, act)
+    value = lambda obs, reset=None: state.agent(obs)[1]
+    return Learned(state, value, lambda obs: state.agent(obs)[0].mode())
+
+
+def greedy_player(name, state, num_envs=NUM_ENVS):
+    """-> act(obs, reset), the greedy actions of what the script has trained, for a plain loop."""
+    if name in MEMORY:
+        memory = state.agent.initial_memory(num_envs)
+
+    def act(obs, reset):
+        nonlocal memory
+        if name in MEMORY:
+            memory, pi, _ = state.agent.step(memory, obs, reset)
+            action = pi.mode()
+        elif name == "dqn":
+            return state.agent(obs).argmax(axis=-1)
+        elif name == "sac":  # Pendulum's torque is in [-2, 2]
+            return 2.0 * jnp.tanh(state.learner.actor(obs).mean())
+        else:
+            action = state.agent(obs)[0].mode()
+        return jnp.clip(action, -2.0, 2.0) if name in CONTINUOUS else action
+
+    return act
 
 
 def real_env(name, num_envs=NUM_ENVS, limit=20):

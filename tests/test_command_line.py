@@ -39,6 +39,15 @@ SHORT_RUNS = {
     "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",
 }
+SHORT_RUNS["ppo_lstm"] = SHORT_RUNS["a2c"] + " --num-minibatches 4 --recompute-carries"
+SHORT_RUNS["rppo_continuous"] = (
+    "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
+    "--recompute-advantages"
+)
+SHORT_RUNS["ppo_trxl"] = (
+    SHORT_RUNS["a2c"] + " --num-minibatches 4 --memory-length 10 --window-length 16 --embed-dim 16"
+)
+SHORT_RUNS["ppo_gtrxl"] = SHORT_RUNS["ppo_trxl"]
 for name in set(SHORT_RUNS) - {"ppo"}:
     SHORT_RUNS[name] = SHORT_RUNS[name].split()
     SHORT_RUNS[name] += ["--total-timesteps", "16384", "--eval-episodes", "5"]
@@ -294,6 +303,18 @@ OWN_BAD_FLAGS = {
     ("sac", "--total-timesteps 800"): "--learning-starts 1000 must be below",
     ("sac", "--num-critics 0"): "--num-critics must be at least 1",
     ("sac", "--num-envs 7 --total-timesteps 100"): "--num-envs x --num-steps, 1400",
+    ("ppo_lstm", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
+    ("ppo_lstm", "--num-minibatches 7"): "take one of",
+    ("rppo_continuous", "--env-id gymnax::CartPole-v1"): "ppo_lstm.py",
+    ("rppo_continuous", "--sequence-length 7"): "must be a multiple of --sequence-length 7",
+    ("rppo_continuous", "--burn-in 1000"): "--burn-in must be between 0 and",
+    ("rppo_continuous", "--num-minibatches 7"): "take one of",
+    ("ppo_trxl", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
+    ("ppo_trxl", "--window-length 7"): "must be a multiple of --window-length 7",
+    ("ppo_trxl", "--num-heads 3"): "must be even and a multiple of --num-heads 3",
+    ("ppo_trxl", "--memory-length 0"): "--memory-length must be at least 1",
+    ("ppo_trxl", "--num-minibatches 7"): "take one of",
+    ("ppo_gtrxl", "--gate-bias nan"): "--gate-bias must be",
     ("impala", "--env-id gymnax::Pendulum-v1"): "ppo_continuous.py",
     ("impala", "--num-actor-threads 3"): "must be a multiple of 3, to divide among",
     ("impala", "--num-minibatches 5"): "learner devices: take 10",

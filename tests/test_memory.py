@@ -1,0 +1,390 @@
+"""The scripts that remember: a memory is exact, or it is a bug that no curve shows."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from probes import CONTINUOUS, MEMORY, NUM_ENVS, learn, probe, real_env, small_args
+
+import ppo_gtrxl
+import ppo_lstm
+import ppo_trxl
+import rppo_continuous
+
+NUM_STEPS = 24
+
+
+@functools.cache
+def agent_of(name, **changes):
+    """An agent whose every parameter is random, so that none hides behind a zero."""
+    script, args = importlib.import_module(name), small_args(name, **changes)
+    agent = jax.jit(script.make_train(args, real_env(name))[0])(jax.random.key(0)).agent
+    leaves, structure = jax.tree.flatten(agent)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def steps_of(name, seed=0, num_envs=5):
+    """obs [T, B, ...] and reset [T, B], also at the first step of some environments only."""
+    size = real_env(name).obs_shape[0]
+    obs = jax.random.normal(jax.random.key(seed), (NUM_STEPS, num_envs, size))
+    return obs, jax.random.bernoulli(jax.random.key(seed + 1), 0.15, (NUM_STEPS, num_envs))
+
+
+def outputs(pi, value):
+    """The logits of the policy or its mean, and the value."""
+    return [pi.logits if hasattr(pi, "logits") else pi.mean(), value]
+
+
+def unroll(agent, memory, obs, reset, lengths):
+    """Pieces of these lengths, each from the memory that the one before has left."""
+    parts, start = [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        memory, pi, value = jax.jit(lambda agent, *x: agent.unroll(*x))(
+            agent, memory, obs[piece], reset[piece]
+        )
+        parts.append(outputs(pi, value))
+        start += length
+    assert start == len(obs)
+    return memory, [jnp.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+def step_by_step(agent, memory, obs, reset):
+    step, parts = jax.jit(lambda agent, *x: agent.step(*x)), []
+    for x, r in zip(obs, reset, strict=True):
+        memory, pi, value = step(agent, memory, x, r)
+        parts.append(outputs(pi, value))
+    return memory, [jnp.stack(x) for x in zip(*parts, strict=True)]
+
+
+def assert_close(one, other, **tolerance):
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, **({"atol": 2e-5, "rtol": 1e-4} | tolerance))
+
+
+VARIANTS = [(name, {}) for name in MEMORY]
+VARIANTS += [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
+VARIANTS += [("ppo_trxl", {"num_layers": 1, "num_heads": 1, "memory_length": 1})]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_unroll_is_as_many_steps_and_the_sum_of_its_pieces(name, changes):
+    """Outputs and last memory, from a memory that is not empty, with resets at random places."""
+    agent = agent_of(name, **changes)
+    obs, reset = steps_of(name)
+    memory, _ = step_by_step(agent, agent.initial_memory(5), *steps_of(name, seed=7))
+    whole = unroll(agent, memory, obs, reset, [NUM_STEPS])
+    assert_close(whole, step_by_step(agent, memory, obs, reset))
+    assert_close(whole, unroll(agent, memory, obs, reset, [1, 9, 1, 13]))
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_a_first_memory_needs_no_reset(name, changes):
+    agent = agent_of(name, **changes)
+    obs, reset = steps_of(name)
+    empty = agent.initial_memory(5)
+    begins = reset.at[0].set(True)
+    used, _ = step_by_step(agent, empty, *steps_of(name, seed=7))
+    with_reset = unroll(agent, used, obs, begins, [NUM_STEPS])[1]
+    assert_close(unroll(agent, empty, obs, reset.at[0].set(False), [NUM_STEPS])[1], with_reset)
+    assert_close(unroll(agent, empty, obs, begins, [NUM_STEPS])[1], with_reset)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_nothing_passes_a_reset_nor_comes_from_the_future(name, changes):
+    agent = agent_of(name, **changes)
+    obs, _ = steps_of(name)
+    reset = jnp.zeros(obs.shape[:2], bool).at[10].set(True)
+    memory, _ = step_by_step(agent, agent.initial_memory(5), *steps_of(name, seed=7))
+    both = lambda obs, memory=memory: [
+        unroll(agent, memory, obs, reset, [NUM_STEPS])[1],
+        step_by_step(agent, memory, obs, reset)[1],
+    ]
+    for before, plain, other in zip(
+        both(obs.at[:10].add(1.0), agent.initial_memory(5)),
+        both(obs),
+        both(obs.at[17].add(1.0)),
+        strict=True,
+    ):
+        for x, y, z in zip(before, plain, other, strict=True):
+            np.testing.assert_array_equal(x[10:], y[10:])  # what was before the reset is gone
+            assert jnp.abs(x[:10] - y[:10]).max() > 1e-3
+            np.testing.assert_allclose(z[:17], y[:17], atol=1e-6)  # the future does not count
+            assert jnp.abs(z[17] - y[17]).max() > 1e-3
+            assert jnp.abs(z[18] - y[18]).max() > 1e-5  # but the past of the episode does
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_ratio_is_1_before_the_first_update(name):
+    """Across episode ends, from a memory in the middle of episodes; and what the advantages are
+    bootstrapped from is what the next rollout's first step computes."""
+    script, args, env = importlib.import_module(name), small_args(name), real_env(name)
+    state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
+    agent = agent_of(name)
+    start = (state.env_state, state.obs, state.reset, state.memory)
+    for seed in (1, 2):
+        rollout = jax.jit(lambda *x: script.rollout(agent, env, *x, 64))
+        after, batch = rollout(*start, jax.random.key(seed))
+        assert batch.done.sum() >= NUM_ENVS
+        np.testing.assert_array_equal(batch.reset[1:], batch.done[:-1])
+        memory, pi, value = agent.unroll(start[3], batch.obs, batch.reset)
+        assert jnp.abs(jnp.exp(pi.log_prob(batch.action) - batch.logprob) - 1).max() < 1e-4
+        np.testing.assert_allclose(value, batch.value, atol=1e-4)
+        assert_close(memory, after[3], atol=1e-4)
+        start = after
+    env_state, obs, reset, memory = start
+    _, following = script.rollout(agent, env, *start, jax.random.key(3), 1)
+    np.testing.assert_allclose(agent.step(memory, obs, reset)[2], following.value[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name):
+    script, env = importlib.import_module(name), real_env(name, limit=7)
+    agent = agent_of(name)
+    env_state, obs = env.reset(jax.random.key(0))
+    start = (env_state, obs, jnp.ones(NUM_ENVS, bool), agent.initial_memory(NUM_ENVS))
+    _, batch = script.rollout(agent, env, *start, jax.random.key(1), 8)
+    env = real_env(name, limit=1000)
+    _, without_limit = script.rollout(agent, env, *start, jax.random.key(1), 8)
+    cut = (batch.final_value[6] != 0) & ~without_limit.done[:7].any(axis=0)
+    assert cut.sum() > NUM_ENVS // 2
+    np.testing.assert_allclose(batch.final_value[6][cut], without_limit.value[7][cut], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_first_minibatches_have_ratio_1(name):
+    """With a step size of 0, in the whole of the second update: windows begin with the memory that
+    the agent had, whatever the epoch."""
+    script, env = importlib.import_module(name), real_env(name)
+    init, train_iteration = script.make_train(small_args(name, learning_rate=0.0), env)
+    state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+    state = state._replace(agent=agent_of(name))
+    for _ in range(3):
+        state, metrics = train_iteration(state)
+        assert abs(metrics["losses/approx_kl"]) < 1e-7 and metrics["losses/clipfrac"] == 0
+
+
+def memory_probe(name):
+    """Two steps: the first shows a bit; the second does not, and its action is to be the bit."""
+
+    def reward(time, bit, action):
+        if name in CONTINUOUS:
+            action = action > 0
+        return jnp.where(time == 1, jnp.where(action == bit, 1.0, -1.0), 0.0)
+
+    return probe(
+        lambda time, bit: jnp.where(time == 0, 2.0 * bit - 1.0, 0.0),
+        reward,
+        terminated=lambda time, bit: time >= 2,
+        continuous=name in CONTINUOUS,
+        num_envs=NUM_ENVS,
+    )
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_memory_of_one_step_is_learned(name):
+    learned, script = learn(name, memory_probe(name), 60), importlib.import_module(name)
+    returns = [
+        script.evaluate(learned.state, memory_probe(name), jax.random.key(seed))[0]
+        for seed in range(5)
+    ]
+    np.testing.assert_array_equal(jnp.stack(returns), 1.0)
+
+
+def test_without_memory_it_stays_at_chance():
+    """The observation at the second step is always the same, so is the most probable action."""
+    import ppo
+
+    learned = learn("ppo", memory_probe("ppo"), 60)
+    play = jax.jit(lambda key: ppo.evaluate(learned.state, memory_probe("ppo"), key)[0])
+    returns = jax.vmap(play)(jax.random.split(jax.random.key(0), 200))
+    assert abs(returns.mean()) < 4 / returns.size**0.5  # four standard errors of fair coins
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_time_limit_is_bootstrapped_with_the_memory(name):
+    """Reward 1 at each step of an episode of 3 or 9 steps, cut by a limit: V is near 1 / (1 - gamma)
+    = 5 anywhere. Taken for the end of the task, it is 3.4 at the start."""
+    env = probe(
+        lambda time, bit: 0 * time,
+        lambda time, bit, action: 0 * time + 1,
+        truncated=lambda time, bit: time >= jnp.where(bit, 3, 9),
+        continuous=name in CONTINUOUS,
+    )
+    value = learn(name, env, 90).value(jnp.zeros((1, 1)))
+    np.testing.assert_allclose(value, 5.0, atol=0.4)
+
+
+# --- ppo_lstm.py and rppo_continuous.py -----------------------------------------------------------
+
+
+def test_recomputed_carries_are_those_of_the_agent_that_acts():
+    """The rollout begins with the carry that the new agent has after the last rollout."""
+    args, env = small_args("ppo_lstm", recompute_carries=True), real_env("ppo_lstm")
+    init, train_iteration = ppo_lstm.make_train(args, env)
+    first = jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[0]
+    fresh = first.agent.unroll(*first.past)[0]
+    assert jnp.abs(fresh[0] - first.memory[0]).max() > 1e-3  # one update made the old one stale
+    second = jax.jit(train_iteration)(first)[0]
+    assert_close(second.past[0], fresh)
+    np.testing.assert_array_equal(second.past[1][0], first.obs)
+
+
+def sequences(args, seed=0):
+    """A batch of random numbers that the loss of rppo_continuous.py takes, and its memory."""
+    env = real_env("rppo_continuous")
+    agent = agent_of("rppo_continuous")
+    env_state, obs = env.reset(jax.random.key(seed))
+    start = (env_state, obs, jnp.ones(NUM_ENVS, bool), agent.initial_memory(NUM_ENVS))
+    after, batch = rppo_continuous.rollout(agent, env, *start, jax.random.key(1), args.num_steps)
+    return agent, batch, (after[3], *after[1:3])
+
+
+def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
+    args = small_args("rppo_continuous", burn_in=3, norm_adv=False)
+    agent, batch, after = sequences(args)
+    memory, data = rppo_continuous.prepare(agent, batch, after, args)
+    changed = jax.tree.map(lambda x: 0.9 * x, agent)  # so that warming up makes a difference
+    grad = jax.grad(rppo_continuous.ppo_loss, has_aux=True)
+    burnt = grad(changed, memory, *data, args)[0]
+    warm, _, _ = changed.unroll(memory, data[0].obs[:3], data[0].reset[:3])
+    rest = jax.tree.map(lambda x: x[3:], data)
+    plain = dataclasses.replace(args, burn_in=0)
+    assert_close(burnt, grad(changed, warm, *rest, plain)[0], atol=1e-6)
+    cold = grad(changed, memory, *rest, plain)[0]
+    assert jnp.abs(cold.lstm.recurrent.kernel[...] - burnt.lstm.recurrent.kernel[...]).max() > 1e-6
+
+
+def test_sequences_begin_with_the_carry_of_their_first_step():
+    args = small_args("rppo_continuous")
+    agent, batch, after = sequences(args)
+    memory, (cut, advantages, returns) = rppo_continuous.prepare(agent, batch, after, args)
+    assert cut.obs.shape[:2] == advantages.shape == (8, 2 * NUM_ENVS)
+    np.testing.assert_array_equal(cut.reward[:, NUM_ENVS:], batch.reward[8:])
+    np.testing.assert_array_equal(memory[0][NUM_ENVS:], batch.memory[0][8])
+    _, pi, _ = agent.unroll(memory, cut.obs, cut.reset)
+    np.testing.assert_allclose(pi.log_prob(cut.action), cut.logprob, atol=1e-5)
+
+
+def test_replaying_a_batch_with_the_same_agent_changes_nothing():
+    args = small_args("rppo_continuous")
+    agent, batch, after = sequences(args)
+    assert_close(rppo_continuous.replay(agent, batch, after), (batch, after))
+    changed = jax.tree.map(lambda x: 0.9 * x, agent)
+    fresh, _ = rppo_continuous.replay(changed, batch, after)
+    _, _, value = changed.unroll(jax.tree.map(lambda x: x[0], batch.memory), batch.obs, batch.reset)
+    np.testing.assert_allclose(fresh.value, value, atol=1e-5)
+    assert jnp.abs(fresh.value - batch.value).max() > 1e-3
+
+
+def test_advantages_are_recomputed_before_each_epoch():
+    """After one epoch the agent has changed: from the second on, the values differ."""
+
+    def losses(update_epochs, recompute_advantages):
+        args = small_args(
+            "rppo_continuous",
+            update_epochs=update_epochs,
+            recompute_advantages=recompute_advantages,
+        )
+        init, train_iteration = rppo_continuous.make_train(args, real_env("rppo_continuous"))
+        metrics = jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[1]
+        return float(metrics["losses/value_loss"])
+
+    assert losses(1, True) == pytest.approx(losses(1, False), rel=1e-5)
+    assert losses(3, True) != pytest.approx(losses(3, False), rel=1e-3)
+
+
+# --- ppo_trxl.py and ppo_gtrxl.py -----------------------------------------------------------------
+
+
+def test_the_mask_shows_the_last_steps_of_the_episode():
+    memory_length, num_steps = 4, 12
+    reset = np.random.default_rng(0).random((num_steps, 6)) < 0.2
+    age = np.array([-1, 0, 1, 2, 3, 9])
+    ages = np.asarray(ppo_trxl.episode_ages(jnp.array(age), jnp.array(reset)))
+    visible = np.asarray(ppo_trxl.visible_steps(jnp.array(ages), memory_length))
+    for b in range(6):
+        begun = -age[b] - 1  # the step with which the episode began
+        for i in range(num_steps):
+            begun = i if reset[i, b] else begun
+            assert ages[i, b] == i - begun
+            seen = {j for j in range(-memory_length, num_steps) if visible[b, i, j + memory_length]}
+            assert seen == {j for j in range(i - memory_length, i + 1) if j >= begun}
+
+
+@pytest.mark.parametrize("encoding", ["relative", "absolute", "learned"])
+def test_attention_is_the_paper_s_formula(encoding):
+    """Against a loop over steps, heads and distances in numpy."""
+    agent = agent_of("ppo_trxl", positional_encoding=encoding, num_heads=2)
+    layer, dim, length, num_steps = agent.layers[0], 32, 6, 5
+    x = jax.random.normal(jax.random.key(0), (1, num_steps, dim))
+    remembered = ppo_trxl.norm(jax.random.normal(jax.random.key(1), (1, length, dim)))
+    ages = jnp.array([[2], [3], [0], [1], [2]])  # a new episode at step 2
+    visible = ppo_trxl.visible_steps(ages, length)
+    result, inputs = layer.unroll(x, remembered, visible)
+
+    h = np.concatenate([remembered[0], ppo_trxl.norm(x)[0]])
+    apply = lambda linear, x: x @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])
+    query, both = apply(layer.query, h), apply(layer.key_value, h)
+    u, v = np.asarray(layer.content_bias[...]), np.asarray(layer.position_bias[...])
+    attended = np.zeros((num_steps, dim))
+    for i in range(num_steps):
+        steps = [j for j in range(length + num_steps) if visible[0, i, j]]
+        for head in (slice(0, 16), slice(16, 32)):
+            scores = []
+            for j in steps:
+                distance = i + length - j
+                score = (query[i + length] + u)[head] @ both[j, :dim][head]
+                if encoding == "relative":
+                    angles = distance / 10_000.0 ** (np.arange(0, dim, 2) / dim)
+                    r = np.concatenate([np.sin(angles), np.cos(angles)])
+                    score += (query[i + length] + v)[head] @ apply(layer.positions, r)[head]
+                if encoding == "learned":
+                    r = np.asarray(layer.positions.embedding[...])[distance]
+                    score += (query[i + length] + v)[head] @ r[head]
+                scores.append(score / 16**0.5)
+            weights = np.exp(scores) / np.exp(scores).sum()
+            attended[i, head] = sum(
+                w * both[j, dim:][head] for w, j in zip(weights, steps, strict=True)
+            )
+    np.testing.assert_allclose(result[0], layer.finish(x, jnp.array(attended))[0], atol=1e-4)
+    np.testing.assert_allclose(inputs, ppo_trxl.norm(x), atol=1e-6)
+
+
+def test_no_gradient_flows_into_the_memory():
+    agent = agent_of("ppo_trxl")
+    obs, reset = steps_of("ppo_trxl")
+    memory, _, _ = agent.unroll(agent.initial_memory(5), obs, reset)
+
+    def value_of_the_last(agent, obs):
+        memory, _, _ = agent.unroll(agent.initial_memory(5), obs[:-1], reset[:-1] & False)
+        return agent.step(memory, obs[-1], reset[-1] & False)[2].sum()
+
+    grads = jax.grad(value_of_the_last, argnums=1)(agent, obs)
+    assert jnp.abs(grads[:-1]).max() == 0 and jnp.abs(grads[-1]).max() > 0
+
+
+def test_a_gate_of_large_bias_lets_nothing_through():
+    gate = ppo_gtrxl.Gate(8, 2.0, nnx.Rngs(0))
+    x, y = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    gate.bias = 50.0
+    np.testing.assert_allclose(gate(x, y), x, atol=1e-6)
+    gate.bias = -50.0  # a plain candidate state, which y moves
+    assert jnp.abs(gate(x, y)).max() < 1 and jnp.abs(gate(x, y) - gate(x, 2 * y)).max() > 1e-2
+
+
+def test_bfloat16_computes_nearly_the_same_in_half_the_memory():
+    agent, obs, reset = agent_of("ppo_trxl"), *steps_of("ppo_trxl")
+    half = agent_of("ppo_trxl", compute_dtype="bfloat16")
+    memory, pi, value = agent.unroll(agent.initial_memory(5), obs, reset)
+    half_memory, half_pi, half_value = half.unroll(half.initial_memory(5), obs, reset)
+    assert half_memory.inputs.dtype == jnp.bfloat16 and half_value.dtype == jnp.float32
+    assert 1e-5 < jnp.abs(value - half_value).max() < 0.1
+    assert jnp.abs(pi.logits - half_pi.logits).max() < 0.1
