@@ -68,14 +68,14 @@ from jax.experimental import io_callback
 @dataclasses.dataclass(frozen=True)
 class Args:
     env_id: str = "gymnax::MemoryChain-bsuite"  # suite::name (gymnax, craftax, gymnasium, envpool)
-    env_kwargs: str = '{"memory_length": 100}'  # JSON object of arguments for the environment
+    env_kwargs: str | None = None  # JSON object of its arguments, None: 100 steps if MemoryChain
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 16  # parallel environments
     num_steps: int = 128  # steps in each environment between two updates
-    learning_rate: float = 2e-3  # Adam's step size at the start
+    learning_rate: float = 1e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
@@ -94,9 +94,7 @@ class Args:
     num_layers: int = 2  # layers of the Transformer-XL
     num_heads: int = 4  # attention heads of each layer
     embed_dim: int = 64  # width of the layers
-    positional_encoding: Literal["relative", "absolute", "learned"] = (
-        "relative"  # learned: of distances
-    )
+    positional_encoding: Literal["relative", "absolute", "learned"] = "relative"  # of past steps
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the products in the layers
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
@@ -106,6 +104,11 @@ class Args:
     run_dir: Path | None = None  # folder of the run, runs/<script>__<env>__<seed>__<time> if None
     track: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to TensorBoard too
+
+    def __post_init__(self):
+        if self.env_kwargs is None:
+            chain = self.env_id == "gymnax::MemoryChain-bsuite"
+            object.__setattr__(self, "env_kwargs", '{"memory_length": 100}' if chain else "{}")
 
     @property
     def batch_size(self) -> int:
@@ -270,9 +273,8 @@ class Layer(nnx.Module):
     def queries(self, inputs: Array) -> tuple[Array, Array]:
         """[..., D] -> q + u and q + v, scaled, both [..., H, D / H]."""
         query, scale = self.query(inputs), (inputs.shape[-1] // self.num_heads) ** -0.5
-        return self.split((query + self.content_bias) * scale), self.split(
-            (query + self.position_bias) * scale
-        )
+        biases = self.content_bias[...], self.position_bias[...]
+        return tuple(self.split((query + bias) * scale) for bias in biases)
 
     def keys_values(self, inputs: Array) -> tuple[Array, Array]:
         """[..., D] -> keys and values, both [..., H, D / H]."""

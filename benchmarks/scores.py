@@ -34,6 +34,17 @@ BREAKOUT_BY_DQN = (
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
     "--exploration-fraction 0.1 --hidden-sizes 128 128"
 )
+MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
+CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
+CARTPOLE_BY_PPO = (
+    f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
+    "--learning-rate 2e-3 --gamma 0.99"
+)
+LANDER_BY_LSTM = (
+    "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --num-envs 64 --num-minibatches 16 "
+    "--gamma 0.997"
+)
+LANDER_BY_TRXL = f"{LANDER_BY_LSTM} --memory-length 32 --window-length 32"
 TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "ppo_lunarlander": ("ppo.py", LANDER, 10, 200),
     "a2c_lunarlander": ("a2c.py", LANDER, 6, 200),
@@ -49,6 +60,14 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "dqn_lunarlander": ("dqn.py", f"{LANDER_BY_DQN} {LANDER}", 5, 200),
     "dqn_breakout": ("dqn.py", BREAKOUT_BY_DQN, 2, 28),  # 28: PPO's score in gymnax
     "sac_pendulum": ("sac.py", "", 6, -160),
+    "ppo_masked_cartpole": ("ppo.py", CARTPOLE_BY_PPO, 5, 475),
+    "ppo_lstm_cartpole": ("ppo_lstm.py", "", 5, 475),
+    "ppo_trxl_cartpole": ("ppo_trxl.py", CARTPOLE_BY_TRXL, 5, 475),
+    "ppo_gtrxl_cartpole": ("ppo_gtrxl.py", CARTPOLE_BY_TRXL, 5, 475),
+    "rppo_continuous_pendulum": ("rppo_continuous.py", "", 10, -200),
+    "ppo_lstm_lunarlander": ("ppo_lstm.py", f"{LANDER_BY_LSTM} {LANDER}", 5, 200),
+    "ppo_trxl_lunarlander": ("ppo_trxl.py", f"{LANDER_BY_TRXL} {LANDER}", 5, 200),
+    "ppo_gtrxl_lunarlander": ("ppo_gtrxl.py", f"{LANDER_BY_TRXL} {LANDER}", 5, 200),
     "sac_halfcheetah": (
         "sac.py",
         "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000",

@@ -26,6 +26,7 @@ TASKS = {  # name: script, flags with the target
     "a2c_lunarlander": ("a2c.py", "--target-return 200"),
     "impala_lunarlander": ("impala.py", "--target-return 200"),
     "ppo_continuous_pendulum": ("ppo_continuous.py", "--target-return -200"),
+    "ppo_lstm_cartpole": ("ppo_lstm.py", "--target-return 475"),
 }
 SEEDS = range(1, 11)
 
