@@ -24,7 +24,7 @@ import jax
 import ppo_gtrxl
 import ppo_trxl
 
-ROUNDS = 3
+ROUNDS = 2
 REFERENCE = {
     "env_kwargs": '{"memory_length": 5}',
     "num_envs": 512,
