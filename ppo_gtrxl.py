@@ -17,16 +17,21 @@
 # ///
 """Proximal policy optimisation with a gated Transformer-XL (GTrXL), for discrete actions, in one file.
 
-Schulman et al. 2017, arXiv:1707.06347 (clipped surrogate: eq. 7, loss: eq. 9); Parisotto et al. 2019,
-arXiv:1910.06764 (gates: section 3.2, eq. "GRU"); Dai et al. 2019, arXiv:1901.02860 (memory: section
-3.2, relative positions: section 3.3). "detail N": the N-th core detail of Huang et al. 2022, "The 37
-Implementation Details of PPO".
+Schulman et al. 2017, arXiv:1707.06347 (loss: eq. 9); Parisotto et al. 2019, arXiv:1910.06764 (gates:
+section 3.2); Dai et al. 2019, arXiv:1901.02860 (memory: section 3.2, relative positions: 3.3). "detail
+N": the N-th core detail of Huang et al. 2022, "The 37 Implementation Details of PPO".
 
-    python ppo_gtrxl.py                         # MemoryChain
+    python ppo_gtrxl.py                        # MemoryChain: name a bit seen 100 steps ago
+    python ppo_gtrxl.py --env-id gymnax::CartPole-v1 --mask-obs 1 3 --memory-length 32 --window-length 32
+    python ppo_gtrxl.py --env-id craftax::Craftax-Symbolic-v1 --total-timesteps 1000000000 \
+        --num-envs 1024 --embed-dim 256 --num-heads 8 --learning-rate 2e-4 --gamma 0.999 \
+        --gae-lambda 0.8 --ent-coef 0.002 --max-grad-norm 1 --reward-scale 1
 
-EXPECTED
+@@
 
-Differs from ppo_trxl.py in: GRU gates in the place of the two sums in each layer.
+Differs from ppo_trxl.py in: gates in the place of the two sums of each layer.
+
+Differs from the papers as ppo.py does; LayerNorm has no parameters of its own (see `norm`).
 """
 
 import os

@@ -18,16 +18,22 @@
 """Recurrent proximal policy optimisation for continuous actions, in one file.
 
 Schulman et al. 2017, arXiv:1707.06347 (clipped surrogate: eq. 7, loss: eq. 9); Hochreiter and
-Schmidhuber 1997 (LSTM); Kapturowski et al. 2019, "Recurrent Experience Replay in Distributed
-Reinforcement Learning" (stored carries and burn-in: section 3). "detail N": the N-th core detail, "detail cN"
-the N-th for continuous actions of Huang et al. 2022, "The 37 Implementation Details of PPO".
+Schmidhuber 1997, "Long Short-Term Memory"; Kapturowski et al. 2019, "Recurrent Experience Replay in
+Distributed Reinforcement Learning" (stored carries and burn-in: section 3). "detail N" and "detail cN":
+the N-th core detail, and for continuous actions, of Huang et al. 2022, "The 37 Implementation Details
+of PPO".
 
-    python rppo_continuous.py                        # Pendulum-v1 without the velocity
+    python rppo_continuous.py                                    # Pendulum-v1 without the velocity
+    python rppo_continuous.py --burn-in 8 --recompute-advantages
 
-EXPECTED
+@@
 
-Differs from ppo_lstm.py in: a Gaussian policy whose actions are clipped for the simulator only; rollouts are
-cut into sequences, each with the carry that the memory had at its start.
+Differs from ppo_lstm.py in: actor and critic have an LSTM each; the policy is a Gaussian whose actions
+are clipped on their way to the simulator and nowhere else; rollouts are cut into sequences, each with
+the carry that acting had at its start.
+
+Differs from the papers as ppo.py does: annealing, clipped gradient norm, normalised advantages,
+scaled rewards, and a time limit is not taken for the end of the task (arXiv:1712.00378).
 """
 
 import os
@@ -70,14 +76,14 @@ class Args:
     mask_obs: tuple[int, ...] | None = None  # entries to hide, None: Pendulum's velocity
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
-    total_timesteps: int = 600_000  # environment steps of each agent
+    total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 64  # parallel environments
-    num_steps: int = 64  # steps in each environment between two updates
-    learning_rate: float = 3e-3  # Adam's step size at the start
+    num_steps: int = 128  # steps in each environment between two updates
+    learning_rate: float = 2e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.95  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 8  # minibatches in each epoch, of sequences
+    num_minibatches: int = 16  # minibatches in each epoch, of sequences
     update_epochs: int = 8  # passes over each batch
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # how far the probability ratio may move from 1
@@ -90,7 +96,7 @@ class Args:
     burn_in: int = 0  # first steps of a sequence that only warm its carry up
     recompute_advantages: bool = False  # and carries, before each epoch
     reward_scale: float = 0.02  # factor on the rewards the agent learns from, not on those reported
-    hidden_size: int = 64  # width of the encoder and of the LSTM
+    hidden_size: int = 64  # width of each encoder and LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
     eval_env_id: str | None = None  # where to play them, if not in env_id
@@ -183,40 +189,58 @@ class CNN(nnx.Module):
         return x.reshape(*x.shape[:-3], self.out_size)
 
 
-class Agent(nnx.Module):
-    """Encoder, LSTM, and one linear layer each for actor and critic; orthogonal weights (detail 2)."""
+class Recurrent(nnx.Module):
+    """Encoder, LSTM and a linear head."""
 
-    def __init__(self, obs_shape: tuple[int, ...], action_size: int, hidden_size: int, rngs):
+    def __init__(self, obs_shape: tuple[int, ...], hidden_size: int, out_size: int, scale, rngs):
         self.cnn = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.cnn.out_size if self.cnn else obs_shape[0]
         self.embed = linear(in_size, hidden_size, 2**0.5, rngs)
         self.lstm = LSTM(hidden_size, hidden_size, rngs)
-        self.actor = linear(hidden_size, action_size, 0.01, rngs)  # the mean starts near 0
-        self.log_std = nnx.Param(jnp.zeros(action_size))  # details c2 and c3
-        self.critic = linear(hidden_size, 1, 1.0, rngs)
-
-    def initial_memory(self, num_envs: int) -> tuple[Array, Array]:
-        """The carry of the LSTM at the start of an episode, (h, c), both [B, H]."""
-        return (jnp.zeros((num_envs, self.lstm.hidden_size)),) * 2
-
-    def step(self, memory: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, policy and value, both [B]."""
-        memory, x = self.lstm.step(memory, self.encode(obs), reset)
-        return memory, *self.heads(x)
-
-    def unroll(self, memory: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [T, B, *obs_shape], reset [T, B] -> memory, policy and value, both [T, B]."""
-        memory, x = self.lstm.unroll(memory, self.encode(obs), reset)
-        return memory, *self.heads(x)
+        self.head = linear(hidden_size, out_size, scale, rngs)
 
     def encode(self, obs: Array) -> Array:
         """[..., *obs_shape] -> [..., H]."""
         return nnx.tanh(self.embed(self.cnn(obs) if self.cnn else obs))
 
-    def heads(self, x: Array) -> tuple[distrax.Distribution, Array]:
-        """[..., H] -> policy and value, both [...]."""
-        pi = distrax.MultivariateNormalDiag(self.actor(x), jnp.exp(self.log_std[...]))
-        return pi, self.critic(x)[..., 0]
+    def step(self, carry: tuple[Array, Array], obs: Array, reset: Array):
+        """obs [B, *obs_shape], reset [B] -> carry, outputs [B, out_size]."""
+        carry, x = self.lstm.step(carry, self.encode(obs), reset)
+        return carry, self.head(x)
+
+    def unroll(self, carry: tuple[Array, Array], obs: Array, reset: Array):
+        """obs [T, B, *obs_shape], reset [T, B] -> carry, outputs [T, B, out_size]."""
+        carry, x = self.lstm.unroll(carry, self.encode(obs), reset)
+        return carry, self.head(x)
+
+
+class Agent(nnx.Module):
+    """Separate actor and critic (detail 13), each with a memory; orthogonal weights (detail 2)."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, hidden_size: int, rngs):
+        self.actor = Recurrent(obs_shape, hidden_size, action_size, 0.01, rngs)  # mean near 0
+        self.critic = Recurrent(obs_shape, hidden_size, 1, 1.0, rngs)
+        self.log_std = nnx.Param(jnp.zeros(action_size))  # details c2 and c3
+
+    def initial_memory(self, num_envs: int) -> tuple:
+        """The carries of actor and critic at the start of an episode, each (h, c), all [B, H]."""
+        return (((jnp.zeros((num_envs, self.actor.lstm.hidden_size)),) * 2),) * 2
+
+    def step(self, memory: tuple, obs: Array, reset: Array):
+        """obs [B, *obs_shape], reset [B] -> memory, policy and value, both [B]."""
+        actor_carry, mean = self.actor.step(memory[0], obs, reset)
+        critic_carry, value = self.critic.step(memory[1], obs, reset)
+        return (actor_carry, critic_carry), self.policy(mean), value[..., 0]
+
+    def unroll(self, memory: tuple, obs: Array, reset: Array):
+        """obs [T, B, *obs_shape], reset [T, B] -> memory, policy and value, both [T, B]."""
+        actor_carry, mean = self.actor.unroll(memory[0], obs, reset)
+        critic_carry, value = self.critic.unroll(memory[1], obs, reset)
+        return (actor_carry, critic_carry), self.policy(mean), value[..., 0]
+
+    def policy(self, mean: Array) -> distrax.Distribution:
+        """[..., A] -> Gaussian of actions."""
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(self.log_std[...]))
 
 
 # --- Rollout --------------------------------------------------------------------------------------

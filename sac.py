@@ -22,14 +22,15 @@ Haarnoja et al. 2018, arXiv:1812.05905 (critic: eq. 5-6, actor: eq. 9, temperatu
 Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
 
     python sac.py                                                           # Pendulum-v1
-    python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 5000
+    python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 200000 --learning-starts 5000
     python sac.py --env-id envpool::HumanoidWalk-v1 --env-kwargs '{"action_repeat": 2}' \
         --block-type simba --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 \
         --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
         --target-entropy-scale 0.5
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -148 +- 12 after 20k steps (mean and std of 6
-seeds, 100 episodes each), 44 s for the whole command.
+seeds, 100 episodes each), 44 s for the whole command; on HalfCheetah-v5, 9160 and 9660 after 200k
+steps (2 seeds).
 
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.

@@ -4,7 +4,7 @@
 
 The first observation shows a bit, the action after `memory_length` more steps is to name it: reward 1, or
 -1. Guessing is right half of the time. Every script gets the same number of episodes of each length; the
-two Transformers remember as many steps as the chain has. Three seeds each, in one program; greedy,
+two Transformers remember as many steps as the chain has. Two seeds each, in one program; greedy,
 100 episodes. Prints Markdown, writes benchmarks/results/memory_length.csv and draws
 assets/memory_length.png.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-LENGTHS, NUM_SEEDS, NUM_ENVS, NUM_STEPS, EPISODES = (8, 32, 128, 512), 3, 64, 128, 4_000
+LENGTHS, NUM_SEEDS, NUM_ENVS, NUM_STEPS, EPISODES = (8, 32, 128), 2, 64, 128, 2_500
 COMMON = f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --num-seeds {NUM_SEEDS}"
 COMMON += " --learning-rate 1e-3 --reward-scale 1 --gamma 0.99 --num-minibatches 8"
 SCRIPTS = {  # name: label, flags

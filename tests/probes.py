@@ -24,6 +24,8 @@ MEMORY = [
     for name in SCRIPTS
     if hasattr(getattr(importlib.import_module(name), "Agent", 0), "unroll")
 ]
+# ppo_gtrxl.py differs from ppo_trxl.py by its gates alone: where time counts, one of them will do.
+DISTINCT = [name for name in SCRIPTS if name != "ppo_gtrxl"]
 NUM_ENVS = 16
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from probes import CONTINUOUS, SCRIPTS
+from probes import CONTINUOUS, DISTINCT, SCRIPTS
 
 import ppo
 
@@ -154,29 +154,29 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("name", "num_seeds"), [(name, 1 + (name == "ppo")) for name in SCRIPTS])
+@pytest.mark.parametrize(("name", "num_seeds"), [(name, 1 + (name == "ppo")) for name in DISTINCT])
 def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
     """N + M iterations equal N, SIGKILL, resume, M: bit for bit, metrics.csv and last state, with
     statistics, replay buffer and the rollouts that actor threads have under way."""
     script, module = SCRIPT.with_name(f"{name}.py"), importlib.import_module(name)
-    flags = [*SHORT_RUNS[name], "--total-timesteps", 102_400, "--checkpoint-every", 20]
+    flags = [*SHORT_RUNS[name], "--total-timesteps", 51_200, "--checkpoint-every", 10]
     flags += ["--num-seeds", num_seeds, "--eval-episodes", 0]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*flags, "--run-dir", whole, cwd=tmp_path, script=script).returncode == 0
 
     process = start(*flags, "--run-dir", killed, cwd=tmp_path, script=script)
-    wait_for(lambda: last_checkpoint(killed) >= 40, process)
+    wait_for(lambda: last_checkpoint(killed) >= 20, process)
     process.kill()
     process.wait()
     iteration = last_checkpoint(killed)
-    assert 40 <= iteration < 200
+    assert 20 <= iteration < 100
     # What a kill in the middle of a write leaves behind: a torn row, rows after the checkpoint,
     # and a checkpoint that was never finished.
     with (killed / "metrics.csv").open("a") as file:
-        file.write("99999,1.0,1,1,1,1,1,1,1,1,1,1,1,1\n102400,1.0")
+        file.write("99999,1.0,1,1,1,1,1,1,1,1,1,1,1,1\n51200,1.0")
     shutil.copytree(
         killed / "checkpoints" / str(iteration),
-        killed / "checkpoints" / f"{iteration + 20}.orbax-checkpoint-tmp",
+        killed / "checkpoints" / f"{iteration + 10}.orbax-checkpoint-tmp",
     )
     done = run("--resume", killed, cwd=tmp_path, script=script)
     assert done.returncode == 0, done.stderr
@@ -186,9 +186,10 @@ def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
     for run_dir in (whole, killed):
         config = json.loads((whole / "config.json").read_text())["args"]
         args = module.Args(**config | {"run_dir": None})
-        envs = [module.make_env(args.env_id, args.num_envs)]
+        rest = (0, args.env_kwargs, tuple(args.mask_obs))
+        envs = [module.make_env(args.env_id, args.num_envs, *rest)]
         if name == "impala":
-            envs = [module.make_env(args.env_id, args.num_envs // 2) for _ in range(2)]
+            envs = [module.make_env(args.env_id, args.num_envs // 2, *rest) for _ in range(2)]
         init, key = module.make_train(args, *envs)[0], jax.random.key(0)
         if num_seeds > 1:
             init, key = partial(jax.lax.map, init), jax.random.split(key, num_seeds)
@@ -353,7 +354,7 @@ def test_resume_of_what_does_not_fit(tmp_path):
         assert (tmp_path / "here" / "config.json").read_text() == config  # nothing is lost
         return done.stderr
 
-    assert "network or environment" in refused("--resume", "here", "--hidden-size", 32)
+    assert "does not fit these flags" in refused("--resume", "here", "--hidden-size", 32)
     assert "cannot change --num-envs, which is 16" in refused("--resume", "here", "--num-envs", 32)
     assert "not empty" in refused(*SHORT, "--run-dir", "here")
     shutil.copy(SCRIPT, tmp_path / "other.py")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from probes import (
     CONTINUOUS,
+    DISTINCT,
     MEMORY,
     NUM_ENVS,
     ON_POLICY,
@@ -30,7 +31,7 @@ def learn_probe(name, observe, reward, iterations=1.0, **ends):
 ZERO_ONE = jnp.array([[0.0], [1.0]])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_probe_discount(name):
     """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
     learned = learn_probe(
@@ -60,7 +61,7 @@ def test_probe_time_limit(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
 
@@ -83,7 +84,7 @@ def test_probe_policy(name):
 # --- What all scripts promise ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_seed_determines_the_metrics(name):
     init, train_iteration = importlib.import_module(name).make_train(
         small_args(name, 10), real_env(name)
@@ -103,7 +104,7 @@ def test_a_seed_determines_the_metrics(name):
     assert any(first[metric] != other[metric] for metric in losses)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_seed_among_several_is_the_seed_alone(name):
     args, env = small_args(name, 10), real_env(name)
     init, train_iteration = importlib.import_module(name).make_train(args, env)
@@ -156,7 +157,7 @@ def test_the_ratio_is_1_before_the_first_update(name):
     assert "logprob" in batch._fields or "value" in batch._fields
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_evaluation_counts_one_greedy_episode_in_each_environment(name):
     """The returns are those of a plain loop; longer episodes do not push others out."""
     script = importlib.import_module(name)
