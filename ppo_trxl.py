@@ -505,8 +505,8 @@ LOSS_METRICS = [
 def ppo_loss(
     agent: Agent, memory, batch: Transition, advantages: Array, returns: Array, args: Args
 ):
-    """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [T, M, ...] that begins with
-    memory [M, ...] -> loss, metrics.
+    """Clipped surrogate, value and entropy loss (eq. 9) of windows [W, S, ...] that begin with
+    memory [S, ...] -> loss, metrics.
     """
     assert batch.obs.shape[:2] == batch.logprob.shape == advantages.shape == returns.shape
     _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
@@ -635,10 +635,10 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
     )  # [B, M + T, L, D]
     ages = jnp.concatenate([memory.age[None], batch.age])  # [T + 1, B], before each step
     data = (batch._replace(inputs=None, age=None), advantages, returns)
-    starts = jnp.repeat(jnp.arange(args.num_windows) * args.window_length, args.num_envs)  # [S]
-    envs = jnp.tile(jnp.arange(args.num_envs), args.num_windows)  # [S], S = windows x B
+    starts = jnp.repeat(jnp.arange(args.num_windows) * args.window_length, args.num_envs)  # [K B]
+    envs = jnp.tile(jnp.arange(args.num_envs), args.num_windows)  # [K B], from K windows each
 
-    def cut(x):  # [T, B, ...] -> [W, S, ...]
+    def cut(x):  # [T, B, ...] -> [W, K B, ...]
         x = x.reshape(args.num_windows, args.window_length, *x.shape[1:])
         return x.swapaxes(0, 1).reshape(args.window_length, -1, *x.shape[3:])
 
@@ -650,8 +650,8 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
 
     def minibatch_step(carry, indices):
         agent, opt_state = carry
-        start = jax.vmap(remembered)(starts[indices], envs[indices])  # [M, ...]
-        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, M, ...]
+        start = jax.vmap(remembered)(starts[indices], envs[indices])  # [S, ...]
+        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, S, ...]
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, start, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
@@ -659,7 +659,7 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
 
     def epoch(carry):
         key, order_key = jax.random.split(carry["key"])
-        indices = random_order(order_key, starts.size).reshape(args.num_minibatches, -1)  # [N, M]
+        indices = random_order(order_key, starts.size).reshape(args.num_minibatches, -1)  # [N, S]
         train, metrics = jax.lax.scan(minibatch_step, carry["train"], indices)
         metrics = jax.tree.map(jnp.mean, metrics)
         return {"epoch": carry["epoch"] + 1, "key": key, "train": train, "metrics": metrics}
