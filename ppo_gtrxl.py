@@ -596,15 +596,9 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
+        before = (state.env_state, state.obs, state.reset, state.memory)
         (env_state, obs, reset, memory), batch = rollout(
-            state.agent,
-            env,
-            state.env_state,
-            state.obs,
-            state.reset,
-            state.memory,
-            rollout_key,
-            args.num_steps,
+            state.agent, env, *before, rollout_key, args.num_steps
         )
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
@@ -618,16 +612,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         progress = state.iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)  # detail 4
         data = (batch, advantages, returns)
-        agent, opt_state, metrics = update(
-            state.agent,
-            state.opt_state,
-            tx,
-            learning_rate,
-            state.memory,
-            data,
-            update_key,
-            args,
-        )
+        learner = (state.agent, state.opt_state, tx, learning_rate)
+        agent, opt_state, metrics = update(*learner, state.memory, data, update_key, args)
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}

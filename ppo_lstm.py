@@ -379,15 +379,9 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         start = state.memory
         if args.recompute_carries:
             start, _, _ = state.agent.unroll(*state.past)
+        before = (state.env_state, state.obs, state.reset, start)
         (env_state, obs, reset, memory), batch = rollout(
-            state.agent,
-            env,
-            state.env_state,
-            state.obs,
-            state.reset,
-            start,
-            rollout_key,
-            args.num_steps,
+            state.agent, env, *before, rollout_key, args.num_steps
         )
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
@@ -401,17 +395,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         progress = state.iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)  # detail 4
         data = (batch, advantages, returns)
-        agent, opt_state, metrics = update(
-            state.agent,
-            state.opt_state,
-            tx,
-            learning_rate,
-            start,
-            state.past,
-            data,
-            update_key,
-            args,
-        )
+        learner = (state.agent, state.opt_state, tx, learning_rate)
+        agent, opt_state, metrics = update(*learner, start, state.past, data, update_key, args)
         past = (start, batch.obs, batch.reset) if args.recompute_carries else None
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(state.stats, batch.reward, batch.done)
