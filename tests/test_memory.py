@@ -391,3 +391,18 @@ def test_bfloat16_computes_nearly_the_same_in_half_the_memory():
     assert half_memory.inputs.dtype == jnp.bfloat16 and half_value.dtype == jnp.float32
     assert 1e-5 < jnp.abs(value - half_value).max() < 0.1
     assert jnp.abs(pi.logits - half_pi.logits).max() < 0.1
+
+    # Products of the layers take bfloat16, those of encoder (1) and heads (2 x 3) float32.
+    program = jax.make_jaxpr(half.unroll)(half.initial_memory(5), obs, reset)
+    taken = [{x.aval.dtype.name for x in eqn.invars} for eqn in products(program.jaxpr)]
+    assert taken.count({"float32"}) == 7 and taken.count({"bfloat16"}) == len(taken) - 7 > 10
+
+
+def products(jaxpr):
+    """The matrix products in a program, also in its parts."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for part in eqn.params.values():
+            if hasattr(part, "jaxpr"):
+                yield from products(part.jaxpr)
