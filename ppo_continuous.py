@@ -1185,7 +1185,7 @@ def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
+    fields = {"env_state", "obs", "acting", "discounted"} & set(state._fields)
     running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
     fresh = {name: getattr(state, name) for name in fields}
     return saved._replace(stats=saved.stats._replace(**running), **fresh)

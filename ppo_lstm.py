@@ -30,8 +30,8 @@ Expected on CartPole-v1 without the velocities, on two CPU cores: greedy return 
 steps (mean and std of 5 seeds, 100 episodes each; ppo.py: 43); --target-return 475 ends 12 s after
 the launch (median of 10 seeds).
 
-Differs from ppo.py in: an LSTM between the encoder and the heads of actor and critic, cleared before
-the first observation of an episode; minibatches are whole rollouts of some environments, unrolled
+Differs from ppo.py in: actor and critic share an encoder and an LSTM, which is cleared before the
+first observation of an episode; minibatches are whole rollouts of some environments, unrolled
 from the carry that the memory had when they began.
 
 Differs from the papers as ppo.py does: annealing, clipped gradient norm, normalised advantages,
@@ -75,7 +75,9 @@ from jax.experimental import io_callback
 class Args:
     env_id: str = "gymnax::CartPole-v1"  # suite::name (gymnax, craftax, gymnasium, envpool)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
-    mask_obs: tuple[int, ...] | None = None  # entries to hide, None: CartPole's velocities
+    mask_obs: tuple[int, ...] | None = (
+        None  # entries to hide, None: velocities of gymnax::CartPole-v1
+    )
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent
@@ -94,7 +96,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
-    recompute_carries: bool = False  # refresh them before rollouts and epochs
+    recompute_carries: bool = False  # with the present agent, before each rollout and epoch
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     hidden_size: int = 64  # width of the encoder and of the LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
@@ -129,7 +131,7 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory; its carry is (h, c), both [B, H]. A reset clears it BEFORE the cell."""
+    """Long short-term memory; its carry is (h, c), both [B, D]. A reset clears it BEFORE the cell."""
 
     def __init__(self, in_size: int, hidden_size: int, rngs: nnx.Rngs):
         self.hidden_size = hidden_size
@@ -137,25 +139,25 @@ class LSTM(nnx.Module):
         self.recurrent = linear(hidden_size, 4 * hidden_size, 1.0, rngs)
 
     def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
-        """carry, what the inputs give to the gates [B, 4 H], reset [B] -> carry."""
+        """carry, what the inputs give to the gates [B, 4 D], reset [B] -> carry."""
         h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
         i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
         c = nnx.sigmoid(f + 1.0) * c + nnx.sigmoid(i) * nnx.tanh(g)  # at the start it remembers
         return nnx.sigmoid(o) * nnx.tanh(c), c
 
     def step(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [B, in_size], reset [B] -> carry, outputs [B, H]."""
+        """x [B, in_size], reset [B] -> carry, outputs [B, D]."""
         carry = self.cell(carry, self.inputs(x), reset)
         return carry, carry[0]
 
     def unroll(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, H]; the same as T steps."""
+        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, D]; the same as T steps."""
 
         def advance(carry, step):
             carry = self.cell(carry, *step)
             return carry, carry[0]
 
-        gates = self.inputs(x)  # [T, B, 4 H], one product for all steps
+        gates = self.inputs(x)  # [T, B, 4 D], one product for all steps
         return jax.lax.scan(advance, carry, (gates, reset), unroll=8)
 
 
@@ -197,7 +199,7 @@ class Agent(nnx.Module):
         self.critic = linear(hidden_size, 1, 1.0, rngs)
 
     def initial_memory(self, num_envs: int) -> tuple[Array, Array]:
-        """The carry of the LSTM at the start of an episode, (h, c), both [B, H]."""
+        """The carry of the LSTM at the start of an episode, (h, c), both [B, D]."""
         return (jnp.zeros((num_envs, self.lstm.hidden_size)),) * 2
 
     def step(self, memory: tuple[Array, Array], obs: Array, reset: Array):
@@ -211,11 +213,11 @@ class Agent(nnx.Module):
         return memory, *self.heads(x)
 
     def encode(self, obs: Array) -> Array:
-        """[..., *obs_shape] -> [..., H]."""
+        """[..., *obs_shape] -> [..., D]."""
         return nnx.tanh(self.embed(self.cnn(obs) if self.cnn else obs))
 
     def heads(self, x: Array) -> tuple[distrax.Categorical, Array]:
-        """[..., H] -> policy and value, both [...]."""
+        """[..., D] -> policy and value, both [...]."""
         return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
 
 
@@ -235,17 +237,25 @@ class Transition(NamedTuple):
     final_value: Array  # [B], V(next_obs) where a time limit cut the episode, else 0
 
 
-def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array, num_steps: int):
-    """Acts for num_steps steps -> (env_state, obs, reset, memory), Transition [T, B, ...]."""
+class Acting(NamedTuple):
+    """Where acting stands between two steps."""
+
+    env_state: Any
+    obs: Array  # [B, *obs_shape], what to act on next
+    reset: Array  # [B], obs begins an episode
+    memory: Any  # [B, ...], before obs
+
+
+def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int):
+    """Acts for num_steps steps -> acting, Transition [T, B, ...]."""
     action_keys, env_keys = jax.random.split(key, (2, num_steps))
 
-    def act_and_step(carry, keys):
-        env_state, obs, reset, memory = carry
+    def act_and_step(acting, keys):
         action_key, env_key = keys
-        memory, pi, value = agent.step(memory, obs, reset)
+        memory, pi, value = agent.step(acting.memory, acting.obs, acting.reset)
         action = jax.random.categorical(action_key, pi.logits)
         logprob = pi.log_prob(action)
-        env_state, timestep = env.step(env_key, env_state, action)
+        env_state, timestep = env.step(env_key, acting.env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
@@ -255,12 +265,11 @@ def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array,
         )
         done = timestep.terminated | timestep.truncated
         transition = Transition(
-            obs, reset, action, logprob, value, timestep.reward, done, final_value
+            acting.obs, acting.reset, action, logprob, value, timestep.reward, done, final_value
         )
-        return (env_state, timestep.obs, done, memory), transition
+        return Acting(env_state, timestep.obs, done, memory), transition
 
-    start, keys = (env_state, obs, reset, memory), (action_keys, env_keys)
-    return jax.lax.scan(act_and_step, start, keys, unroll=2)
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys), unroll=2)
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -303,8 +312,8 @@ LOSS_METRICS = [
 def ppo_loss(
     agent: Agent, memory, batch: Transition, advantages: Array, returns: Array, args: Args
 ):
-    """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [T, M, ...] that begins with
-    memory [M, ...] -> loss, metrics.
+    """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [T, S, ...] that begins with
+    memory [S, ...] -> loss, metrics.
     """
     assert batch.obs.shape[:2] == batch.logprob.shape == advantages.shape == returns.shape
     _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
@@ -339,10 +348,7 @@ class TrainState(NamedTuple):
 
     agent: Agent
     opt_state: optax.OptState
-    env_state: Any
-    obs: Array  # [B, *obs_shape]
-    reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs
+    acting: Acting
     past: tuple | None  # memory, obs and reset of the last rollout, if carries are recomputed
     stats: "EpisodeStats"
     key: Array
@@ -361,32 +367,21 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
         repeat = lambda x: jnp.broadcast_to(x, (args.num_steps, *x.shape))
         past = (memory, repeat(obs), repeat(reset)) if args.recompute_carries else None
-        return TrainState(
-            agent=agent,
-            opt_state=tx.init(agent),
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            past=past,
-            stats=init_stats(args.num_envs),
-            key=key,
-            iteration=jnp.int32(0),
-        )
+        acting = Acting(env_state, obs, reset, memory)
+        stats = init_stats(args.num_envs)
+        return TrainState(agent, tx.init(agent), acting, past, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
-        start = state.memory
+        start = state.acting.memory
         if args.recompute_carries:
             start, _, _ = state.agent.unroll(*state.past)
-        before = (state.env_state, state.obs, state.reset, start)
-        (env_state, obs, reset, memory), batch = rollout(
-            state.agent, env, *before, rollout_key, args.num_steps
-        )
+        acting = state.acting._replace(memory=start)
+        acting, batch = rollout(state.agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
-        _, _, last_value = state.agent.step(memory, obs, reset)
+        _, _, last_value = state.agent.step(acting.memory, acting.obs, acting.reset)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
@@ -401,18 +396,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = state._replace(
-            agent=agent,
-            opt_state=opt_state,
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            past=past,
-            stats=stats,
-            key=key,
-            iteration=state.iteration + 1,
-        )
+        state = TrainState(agent, opt_state, acting, past, stats, key, state.iteration + 1)
         return state, metrics | episode_metrics(stats)
 
     return init, train_iteration
@@ -425,8 +409,8 @@ def update(agent, opt_state, tx, learning_rate, memory, past, data, key, args: A
 
     def minibatch_step(carry, indices, memory):
         agent, opt_state = carry
-        memory = jax.tree.map(lambda x: x[indices], memory)  # [M, ...]
-        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [T, M, ...]
+        memory = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
+        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [T, S, ...]
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, memory, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
@@ -434,7 +418,7 @@ def update(agent, opt_state, tx, learning_rate, memory, past, data, key, args: A
 
     def epoch(carry):
         key, order_key = jax.random.split(carry["key"])
-        indices = random_order(order_key, args.num_envs).reshape(args.num_minibatches, -1)  # [N, M]
+        indices = random_order(order_key, args.num_envs).reshape(args.num_minibatches, -1)  # [N, S]
         agent, _ = carry["train"]
         fresh = agent.unroll(*past)[0] if args.recompute_carries else memory
         step = partial(minibatch_step, memory=fresh)
@@ -1196,7 +1180,7 @@ def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
+    fields = {"env_state", "obs", "acting", "discounted"} & set(state._fields)
     running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
     fresh = {name: getattr(state, name) for name in fields}
     return saved._replace(stats=saved.stats._replace(**running), **fresh)

@@ -18,10 +18,11 @@
 """Proximal policy optimisation with a Transformer-XL memory, for discrete actions, in one file.
 
 Schulman et al. 2017, arXiv:1707.06347 (loss: eq. 9); Dai et al. 2019, arXiv:1901.02860 (memory: section
-3.2, relative positions: 3.3); Parisotto et al. 2019, arXiv:1910.06764 (layers normalised first: 3.1).
-"detail N": the N-th core detail of Huang et al. 2022, "The 37 Implementation Details of PPO".
+3.2, relative positions: 3.3); Parisotto et al. 2019, arXiv:1910.06764 (layers normalised first: 3.1,
+without its ReLU). "detail N": the N-th core detail of Huang et al. 2022, "The 37 Implementation
+Details of PPO".
 
-    python ppo_trxl.py                         # MemoryChain: name a bit seen 100 steps ago
+    python ppo_trxl.py                         # MemoryChain: name a bit last seen 99 steps ago
     python ppo_trxl.py --env-id gymnax::CartPole-v1 --mask-obs 1 3 --memory-length 32 --window-length 32
     python ppo_trxl.py --env-id craftax::Craftax-Symbolic-v1 --total-timesteps 1000000000 \
         --num-envs 1024 --embed-dim 256 --num-heads 8 --learning-rate 2e-4 --gamma 0.999 \
@@ -33,7 +34,8 @@ steps (mean and std of 5 seeds, 100 episodes each; ppo.py: 43).
 Differs from ppo_lstm.py in: a Transformer-XL takes the place of the LSTM. It acts with cached keys and
 values, and learns in windows of steps, each with the memory as it was when the window began.
 
-Differs from the papers as ppo.py does; LayerNorm has no parameters of its own (see `norm`).
+Differs from the papers as ppo.py does; LayerNorm has no parameters of its own (see `norm`), and actor
+and critic are perceptrons on top of the last layer.
 """
 
 import os
@@ -120,7 +122,7 @@ class Args:
 
     @property
     def num_windows(self) -> int:
-        return self.num_steps // self.window_length
+        return self.num_steps // self.window_length * self.num_envs
 
     @property
     def num_iterations(self) -> int:
@@ -290,9 +292,9 @@ class Layer(nnx.Module):
         distances = jnp.arange(self.distances)
         if isinstance(self.positions, nnx.Linear):
             distances = sinusoids(distances, self.positions.in_features).astype(self.dtype)
-        return self.split(self.positions(distances))
+        return self.split(self.positions(distances).astype(self.dtype))
 
-    def finish(self, x: Array, attended: Array) -> Array:
+    def feed_forward(self, x: Array, attended: Array) -> Array:
         """x and what it attended to, both [..., D] -> x for the next layer."""
         x = x + self.attended(attended)
         return x + self.output(nnx.relu(self.hidden(norm(x).astype(self.dtype))))
@@ -309,7 +311,7 @@ class Layer(nnx.Module):
             scores += shift(jnp.einsum("bihd,ohd->bhio", position_query, positions))
         weights = nnx.softmax(jnp.where(visible[:, None], scores, -jnp.inf)).astype(self.dtype)
         attended = jnp.einsum("bhij,bjhd->bihd", weights, values)
-        return self.finish(x, attended.reshape(x.shape)), inputs
+        return self.feed_forward(x, attended.reshape(x.shape)), inputs
 
     def step(self, x: Array, keys: Array, values: Array, distances: Array, visible: Array):
         """One step: x [B, D], keys and values [B, H, M, D / H], distances [M + 1] to them and to itself,
@@ -327,7 +329,7 @@ class Layer(nnx.Module):
         attended = (
             jnp.einsum("bhm,bhmd->bhd", weights[..., :-1], values) + weights[..., -1:] * value
         )
-        return self.finish(x, attended.reshape(x.shape)), inputs, key, value
+        return self.feed_forward(x, attended.reshape(x.shape)), inputs, key, value
 
 
 class Agent(nnx.Module):
@@ -419,15 +421,23 @@ class Transition(NamedTuple):
     done: Array  # [B], the action ended the episode
     final_value: Array  # [B], V(next_obs) where a time limit cut the episode, else 0
     inputs: Array  # [B, L, D], what the memory keeps of the step
-    age: Array  # [B], steps since the episode's first one
 
 
-def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array, num_steps: int):
-    """Acts for num_steps steps -> (env_state, obs, reset, memory), Transition [T, B, ...]."""
+class Acting(NamedTuple):
+    """Where acting stands between two steps."""
+
+    env_state: Any
+    obs: Array  # [B, *obs_shape], what to act on next
+    reset: Array  # [B], obs begins an episode
+    memory: Any  # [B, ...], before obs
+
+
+def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int):
+    """Acts for num_steps steps -> acting, Transition [T, B, ...]."""
     action_keys, env_keys = jax.random.split(key, (2, num_steps))
 
-    def act_and_step(carry, keys):
-        env_state, obs, reset, cache = carry
+    def act_and_step(acting, keys):  # with a Cache as memory
+        env_state, obs, reset, cache = acting
         action_key, env_key = keys
         cache, inputs, pi, value = agent.cached_step(cache, obs, reset)
         action = jax.random.categorical(action_key, pi.logits)
@@ -445,24 +455,15 @@ def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array,
         final_value, cache = jax.lax.optimization_barrier((final_value, cache))  # read, then write
         done = timestep.terminated | timestep.truncated
         transition = Transition(
-            obs=obs,
-            reset=reset,
-            action=action,
-            logprob=logprob,
-            value=value,
-            reward=timestep.reward,
-            done=done,
-            final_value=final_value,
-            inputs=inputs,
-            age=cache.age,
+            obs, reset, action, logprob, value, timestep.reward, done, final_value, inputs
         )
-        return (env_state, timestep.obs, done, cache), transition
+        return Acting(env_state, timestep.obs, done, cache), transition
 
-    start = (env_state, obs, reset, agent.open_cache(memory))
-    keys = (action_keys, env_keys)
-    (env_state, obs, reset, cache), batch = jax.lax.scan(act_and_step, start, keys, unroll=2)
-    memory = memory.append(batch.inputs.swapaxes(0, 1), cache.age)
-    return (env_state, obs, reset, memory), batch
+    memory, keys = acting.memory, (action_keys, env_keys)
+    acting = acting._replace(memory=agent.open_cache(memory))
+    acting, batch = jax.lax.scan(act_and_step, acting, keys, unroll=2)
+    memory = memory.append(batch.inputs.swapaxes(0, 1), acting.memory.age)
+    return acting._replace(memory=memory), batch
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -541,10 +542,7 @@ class TrainState(NamedTuple):
 
     agent: Agent
     opt_state: optax.OptState
-    env_state: Any
-    obs: Array  # [B, *obs_shape]
-    reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs
+    acting: Acting
     stats: "EpisodeStats"
     key: Array
     iteration: Array  # iterations done
@@ -560,28 +558,17 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        return TrainState(
-            agent=agent,
-            opt_state=tx.init(agent),
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            stats=init_stats(args.num_envs),
-            key=key,
-            iteration=jnp.int32(0),
-        )
+        acting = Acting(env_state, obs, reset, memory)
+        stats = init_stats(args.num_envs)
+        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
-        before = (state.env_state, state.obs, state.reset, state.memory)
-        (env_state, obs, reset, memory), batch = rollout(
-            state.agent, env, *before, rollout_key, args.num_steps
-        )
+        acting, batch = rollout(state.agent, env, state.acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
-        _, _, last_value = state.agent.step(memory, obs, reset)
+        _, _, last_value = state.agent.step(acting.memory, acting.obs, acting.reset)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
@@ -591,21 +578,11 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)  # detail 4
         data = (batch, advantages, returns)
         learner = (state.agent, state.opt_state, tx, learning_rate)
-        agent, opt_state, metrics = update(*learner, state.memory, data, update_key, args)
+        agent, opt_state, metrics = update(*learner, state.acting.memory, data, update_key, args)
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
         stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = state._replace(
-            agent=agent,
-            opt_state=opt_state,
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            stats=stats,
-            key=key,
-            iteration=state.iteration + 1,
-        )
+        state = TrainState(agent, opt_state, acting, stats, key, state.iteration + 1)
         return state, metrics | episode_metrics(stats)
 
     return init, train_iteration
@@ -616,27 +593,26 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
     windows -> agent, opt_state, metrics.
     """
     batch, advantages, returns = data
-    inputs = jnp.concatenate(
-        [memory.inputs, batch.inputs.swapaxes(0, 1)], axis=1
-    )  # [B, M + T, L, D]
-    ages = jnp.concatenate([memory.age[None], batch.age])  # [T + 1, B], before each step
-    data = (batch._replace(inputs=None, age=None), advantages, returns)
-    starts = jnp.repeat(jnp.arange(args.num_windows) * args.window_length, args.num_envs)  # [K B]
-    envs = jnp.tile(jnp.arange(args.num_envs), args.num_windows)  # [K B], from K windows each
+    inputs = [memory.inputs, batch.inputs.swapaxes(0, 1)]
+    inputs = jnp.concatenate(inputs, axis=1)  # [B, M + T, L, D]
+    ages = episode_ages(memory.age, batch.reset)
+    ages = jnp.concatenate([memory.age[None], ages])  # [T + 1, B], before each step
 
-    def cut(x):  # [T, B, ...] -> [W, K B, ...]
-        x = x.reshape(args.num_windows, args.window_length, *x.shape[1:])
-        return x.swapaxes(0, 1).reshape(args.window_length, -1, *x.shape[3:])
+    def to_windows(x):  # [T, B, ...] -> [W, K B, ...], K windows of each environment
+        x = x.reshape(-1, args.window_length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
+        return x.reshape(args.window_length, args.num_windows, *x.shape[3:])
 
-    def remembered(start, env):  # the memory before the window
-        window = jax.lax.dynamic_slice_in_dim(inputs[env], start, args.memory_length)
-        return Memory(window, ages[start, env])
+    def memory_before(index):  # of a window
+        window, env = jnp.divmod(index, args.num_envs)
+        step = window * args.window_length
+        before = jax.lax.dynamic_slice_in_dim(inputs[env], step, args.memory_length)
+        return Memory(before, ages[step, env])
 
-    data = jax.tree.map(cut, data)
+    data = jax.tree.map(to_windows, (batch._replace(inputs=None), advantages, returns))
 
     def minibatch_step(carry, indices):
         agent, opt_state = carry
-        start = jax.vmap(remembered)(starts[indices], envs[indices])  # [S, ...]
+        start = jax.vmap(memory_before)(indices)  # [S, ...]
         minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, S, ...]
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, start, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
@@ -645,8 +621,9 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
 
     def epoch(carry):
         key, order_key = jax.random.split(carry["key"])
-        indices = random_order(order_key, starts.size).reshape(args.num_minibatches, -1)  # [N, S]
-        train, metrics = jax.lax.scan(minibatch_step, carry["train"], indices)
+        order = random_order(order_key, args.num_windows)
+        order = order.reshape(args.num_minibatches, -1)  # [N, S]
+        train, metrics = jax.lax.scan(minibatch_step, carry["train"], order)
         metrics = jax.tree.map(jnp.mean, metrics)
         return {"epoch": carry["epoch"] + 1, "key": key, "train": train, "metrics": metrics}
 
@@ -1405,7 +1382,7 @@ def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
+    fields = {"env_state", "obs", "acting", "discounted"} & set(state._fields)
     running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
     fresh = {name: getattr(state, name) for name in fields}
     return saved._replace(stats=saved.stats._replace(**running), **fresh)
@@ -1428,12 +1405,11 @@ def check_args(args: Args) -> None:
         fail(
             f"--embed-dim {args.embed_dim} must be even and a multiple of --num-heads {args.num_heads}"
         )
-    num_sequences = args.num_windows * args.num_envs
-    if num_sequences % args.num_minibatches:
-        divisors = [n for n in range(1, num_sequences + 1) if num_sequences % n == 0]
+    if args.num_windows % args.num_minibatches:
+        divisors = [n for n in range(1, args.num_windows + 1) if args.num_windows % n == 0]
         near = sorted(divisors, key=lambda n: abs(n - args.num_minibatches))[:4]
         fail(
-            f"{args.num_windows} windows of --num-envs {args.num_envs} do not divide into "
+            f"{args.num_windows} windows of --window-length {args.window_length} do not divide into "
             f"--num-minibatches {args.num_minibatches}: take one of {sorted(near)}"
         )
     if args.num_iterations < 1:

@@ -74,7 +74,9 @@ from jax.experimental import io_callback
 class Args:
     env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, craftax, gymnasium, envpool)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
-    mask_obs: tuple[int, ...] | None = None  # entries to hide, None: Pendulum's velocity
+    mask_obs: tuple[int, ...] | None = (
+        None  # entries to hide, None: velocity of gymnax::Pendulum-v1
+    )
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent
@@ -94,8 +96,8 @@ class Args:
     max_grad_norm: float = 0.5  # largest global norm of a gradient
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     sequence_length: int = 64  # steps of a training sequence, into which num_steps is cut
-    burn_in: int = 0  # first steps of a sequence that only warm its carry up
-    recompute_advantages: bool = False  # and carries, before each epoch
+    burn_in: int = 0  # first steps of a sequence: they warm its carry up, unlearned
+    recompute_advantages: bool = False  # with present values and carries, before each epoch
     reward_scale: float = 0.02  # factor on the rewards the agent learns from, not on those reported
     hidden_size: int = 64  # width of each encoder and LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
@@ -134,7 +136,7 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory; its carry is (h, c), both [B, H]. A reset clears it BEFORE the cell."""
+    """Long short-term memory; its carry is (h, c), both [B, D]. A reset clears it BEFORE the cell."""
 
     def __init__(self, in_size: int, hidden_size: int, rngs: nnx.Rngs):
         self.hidden_size = hidden_size
@@ -142,25 +144,25 @@ class LSTM(nnx.Module):
         self.recurrent = linear(hidden_size, 4 * hidden_size, 1.0, rngs)
 
     def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
-        """carry, what the inputs give to the gates [B, 4 H], reset [B] -> carry."""
+        """carry, what the inputs give to the gates [B, 4 D], reset [B] -> carry."""
         h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
         i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
         c = nnx.sigmoid(f + 1.0) * c + nnx.sigmoid(i) * nnx.tanh(g)  # at the start it remembers
         return nnx.sigmoid(o) * nnx.tanh(c), c
 
     def step(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [B, in_size], reset [B] -> carry, outputs [B, H]."""
+        """x [B, in_size], reset [B] -> carry, outputs [B, D]."""
         carry = self.cell(carry, self.inputs(x), reset)
         return carry, carry[0]
 
     def unroll(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, H]; the same as T steps."""
+        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, D]; the same as T steps."""
 
         def advance(carry, step):
             carry = self.cell(carry, *step)
             return carry, carry[0]
 
-        gates = self.inputs(x)  # [T, B, 4 H], one product for all steps
+        gates = self.inputs(x)  # [T, B, 4 D], one product for all steps
         return jax.lax.scan(advance, carry, (gates, reset), unroll=8)
 
 
@@ -201,7 +203,7 @@ class Recurrent(nnx.Module):
         self.head = linear(hidden_size, out_size, scale, rngs)
 
     def encode(self, obs: Array) -> Array:
-        """[..., *obs_shape] -> [..., H]."""
+        """[..., *obs_shape] -> [..., D]."""
         return nnx.tanh(self.embed(self.cnn(obs) if self.cnn else obs))
 
     def step(self, carry: tuple[Array, Array], obs: Array, reset: Array):
@@ -224,7 +226,7 @@ class Agent(nnx.Module):
         self.log_std = nnx.Param(jnp.zeros(action_size))  # details c2 and c3
 
     def initial_memory(self, num_envs: int) -> tuple:
-        """The carries of actor and critic at the start of an episode, each (h, c), all [B, H]."""
+        """The carries of actor and critic at the start of an episode, each (h, c), all [B, D]."""
         return (((jnp.zeros((num_envs, self.actor.lstm.hidden_size)),) * 2),) * 2
 
     def step(self, memory: tuple, obs: Array, reset: Array):
@@ -263,12 +265,21 @@ class Transition(NamedTuple):
     memory: Any  # [B, ...], before obs
 
 
-def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array, num_steps: int):
-    """Acts for num_steps steps -> (env_state, obs, reset, memory), Transition [T, B, ...]."""
+class Acting(NamedTuple):
+    """Where acting stands between two steps."""
+
+    env_state: Any
+    obs: Array  # [B, *obs_shape], what to act on next
+    reset: Array  # [B], obs begins an episode
+    memory: Any  # [B, ...], before obs
+
+
+def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int):
+    """Acts for num_steps steps -> acting, Transition [T, B, ...]."""
     action_keys, env_keys = jax.random.split(key, (2, num_steps))
 
-    def act_and_step(carry, keys):
-        env_state, obs, reset, memory = carry
+    def act_and_step(acting, keys):
+        env_state, obs, reset, memory = acting
         action_key, env_key = keys
         next_memory, pi, value = agent.step(memory, obs, reset)
         action = pi.sample(seed=action_key)
@@ -276,23 +287,12 @@ def rollout(agent: Agent, env: "Env", env_state, obs, reset, memory, key: Array,
         env_state, timestep = env.step(env_key, env_state, clipped)
         cut = timestep.truncated & ~timestep.terminated
         done = timestep.terminated | timestep.truncated
-        transition = Transition(
-            obs=obs,
-            reset=reset,
-            action=action,
-            logprob=pi.log_prob(action),
-            value=value,
-            reward=timestep.reward,
-            done=done,
-            cut=cut,
-            final_value=value_at_limit(agent, next_memory, timestep.next_obs, cut),
-            next_obs=timestep.next_obs,
-            memory=memory,
-        )
-        return (env_state, timestep.obs, done, next_memory), transition
+        final_value = value_at_limit(agent, next_memory, timestep.next_obs, cut)
+        transition = (obs, reset, action, pi.log_prob(action), value, timestep.reward, done)
+        transition = Transition(*transition, cut, final_value, timestep.next_obs, memory)
+        return Acting(env_state, timestep.obs, done, next_memory), transition
 
-    start, keys = (env_state, obs, reset, memory), (action_keys, env_keys)
-    return jax.lax.scan(act_and_step, start, keys, unroll=2)
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys), unroll=2)
 
 
 def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
@@ -306,7 +306,7 @@ def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
     )
 
 
-def replay(agent: Agent, batch: Transition, after: tuple) -> tuple[Transition, tuple]:
+def replay(agent: Agent, batch: Transition, acting: Acting) -> tuple[Transition, Acting]:
     """The batch and what follows it, with what this agent would have remembered and expected."""
 
     def step(memory, transition):
@@ -317,7 +317,7 @@ def replay(agent: Agent, batch: Transition, after: tuple) -> tuple[Transition, t
 
     start = jax.tree.map(lambda x: x[0], batch.memory)
     memory, batch = jax.lax.scan(step, start, batch)
-    return batch, (memory, *after[1:])
+    return batch, acting._replace(memory=memory)
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -360,8 +360,8 @@ LOSS_METRICS = [
 def ppo_loss(
     agent: Agent, memory, batch: Transition, advantages: Array, returns: Array, args: Args
 ):
-    """Clipped surrogate, value and entropy loss (eq. 9) of sequences [S, M, ...] that begin with memory
-    [M, ...] -> loss, metrics. The first burn_in steps only warm the memory up.
+    """Clipped surrogate, value and entropy loss (eq. 9) of sequences [W, S, ...] that begin with memory
+    [S, ...] -> loss, metrics. The first burn_in steps only warm the memory up.
     """
     assert batch.obs.shape[:2] == batch.logprob.shape == advantages.shape == returns.shape
     if args.burn_in:
@@ -402,10 +402,7 @@ class TrainState(NamedTuple):
 
     agent: Agent
     opt_state: optax.OptState
-    env_state: Any
-    obs: Array  # [B, *obs_shape]
-    reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs
+    acting: Acting
     stats: "EpisodeStats"
     key: Array
     iteration: Array  # iterations done
@@ -421,85 +418,56 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        return TrainState(
-            agent=agent,
-            opt_state=tx.init(agent),
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            stats=init_stats(args.num_envs),
-            key=key,
-            iteration=jnp.int32(0),
-        )
+        acting, stats = Acting(env_state, obs, reset, memory), init_stats(args.num_envs)
+        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
-        (env_state, obs, reset, memory), batch = rollout(
-            state.agent,
-            env,
-            state.env_state,
-            state.obs,
-            state.reset,
-            state.memory,
-            rollout_key,
-            args.num_steps,
-        )
+        acting, batch = rollout(state.agent, env, state.acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
         progress = state.iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress * args.anneal_lr)  # detail 4
-        after = (memory, obs, reset)
-        agent, opt_state, metrics = update(
-            state.agent, state.opt_state, tx, learning_rate, batch, after, update_key, args
-        )
+        learner = (state.agent, state.opt_state, tx, learning_rate)
+        agent, opt_state, metrics = update(*learner, batch, acting, update_key, args)
         stats = record_episodes(state.stats, batch.reward, batch.done)
         metrics |= {"charts/learning_rate": learning_rate}
-        state = state._replace(
-            agent=agent,
-            opt_state=opt_state,
-            env_state=env_state,
-            obs=obs,
-            reset=reset,
-            memory=memory,
-            stats=stats,
-            key=key,
-            iteration=state.iteration + 1,
-        )
+        state = TrainState(agent, opt_state, acting, stats, key, state.iteration + 1)
         return state, metrics | episode_metrics(stats)
 
     return init, train_iteration
 
 
-def prepare(agent: Agent, batch: Transition, after: tuple, args: Args):
-    """The batch [T, B, ...] as sequences [S, K B, ...] -> memory [K B, ...], (batch, advantages,
-    returns). after: memory, obs and reset that follow it.
+def prepare(agent: Agent, batch: Transition, acting: Acting, args: Args):
+    """The batch [T, B, ...] as sequences [W, K B, ...] -> memory [K B, ...], (batch, advantages,
+    returns). acting: where it stood after the batch.
     """
-    _, _, last_value = agent.step(*after)
+    _, _, last_value = agent.step(acting.memory, acting.obs, acting.reset)
     rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
     advantages, returns = compute_gae(
         rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
     )
     assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
 
-    def cut(x):  # [T, B, ...] -> [S, K B, ...]
-        x = x.reshape(-1, args.sequence_length, *x.shape[1:]).swapaxes(0, 1)  # [S, K, B, ...]
+    def to_sequences(x):  # [T, B, ...] -> [W, K B, ...], K sequences of each environment
+        x = x.reshape(-1, args.sequence_length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
         return x.reshape(args.sequence_length, args.num_sequences, *x.shape[3:])
 
-    data = jax.tree.map(cut, (batch, advantages, returns))
+    data = jax.tree.map(to_sequences, (batch, advantages, returns))
     memory = jax.tree.map(lambda x: x[0], data[0].memory)
     return memory, (data[0]._replace(memory=None, next_obs=None), *data[1:])
 
 
-def update(agent, opt_state, tx, learning_rate, batch, after, key, args: Args):
+def update(agent, opt_state, tx, learning_rate, batch, acting, key, args: Args):
     """Epochs of gradient steps on a batch [T, B, ...], in minibatches of sequences -> agent, opt_state,
-    metrics. after: memory, obs and reset that follow the batch.
+    metrics. acting: where it stood after the batch.
     """
+    as_acted = prepare(agent, batch, acting, args)
 
     def minibatch_step(carry, indices, memory, data):
         agent, opt_state = carry
-        memory = jax.tree.map(lambda x: x[indices], memory)  # [M, ...]
-        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [S, M, ...]
+        memory = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
+        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, S, ...]
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, memory, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
@@ -507,12 +475,12 @@ def update(agent, opt_state, tx, learning_rate, batch, after, key, args: Args):
 
     def epoch(carry):
         key, order_key = jax.random.split(carry["key"])
-        order = random_order(order_key, args.num_sequences).reshape(
-            args.num_minibatches, -1
-        )  # [N, M]
+        order = random_order(order_key, args.num_sequences)
+        order = order.reshape(args.num_minibatches, -1)  # [N, S]
         agent, _ = carry["train"]
-        fresh = replay(agent, batch, after) if args.recompute_advantages else (batch, after)
-        memory, data = prepare(agent, *fresh, args)
+        memory, data = as_acted
+        if args.recompute_advantages:
+            memory, data = prepare(agent, *replay(agent, batch, acting), args)
         step = partial(minibatch_step, memory=memory, data=data)
         train, metrics = jax.lax.scan(step, carry["train"], order)
         metrics = jax.tree.map(jnp.mean, metrics)
@@ -527,7 +495,9 @@ def update(agent, opt_state, tx, learning_rate, batch, after, key, args: Args):
     metrics = {name: jnp.float32(0.0) for name in LOSS_METRICS}
     carry = {"epoch": 0, "key": key, "train": (agent, opt_state), "metrics": metrics}
     carry = jax.lax.while_loop(keep_going, epoch, carry)
-    return *carry["train"], carry["metrics"]
+    _, (sequences, _, returns) = as_acted
+    explained = 1.0 - jnp.var(returns - sequences.value) / (jnp.var(returns) + 1e-8)
+    return *carry["train"], carry["metrics"] | {"losses/explained_variance": explained}
 
 
 def random_order(key: Array, size: int) -> Array:
@@ -1273,7 +1243,7 @@ def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
     if not hosted:
         return saved
     print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "reset", "carry", "memory", "discounted"} & set(state._fields)
+    fields = {"env_state", "obs", "acting", "discounted"} & set(state._fields)
     running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
     fresh = {name: getattr(state, name) for name in fields}
     return saved._replace(stats=saved.stats._replace(**running), **fresh)

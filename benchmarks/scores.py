@@ -10,6 +10,7 @@ curves_<task>.csv to benchmarks/results and draws assets/<task>.png.
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,10 @@ BREAKOUT_BY_DQN = (
 )
 MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
+MASKED_MOUNTAINCAR = (  # one action for 8 steps: noise in single steps hardly ever reaches the top
+    '--env-id gymnax::MountainCarContinuous-v0 --mask-obs 1 --env-kwargs {"action_repeat":8} '
+    "--total-timesteps 200000 --gamma 0.99 --sequence-length 128"
+)
 CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
     "--learning-rate 2e-3 --gamma 0.99"
@@ -66,7 +71,11 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "ppo_gtrxl_cartpole": ("ppo_gtrxl.py", CARTPOLE_BY_TRXL, 5, 475),
     "rppo_continuous_pendulum": ("rppo_continuous.py", "", 10, -200),
     "ppo_lstm_lunarlander": ("ppo_lstm.py", f"{LANDER_BY_LSTM} {LANDER}", 5, 200),
-    "ppo_trxl_lunarlander": ("ppo_trxl.py", f"{LANDER_BY_TRXL} {LANDER}", 3, 200),
+    "rppo_continuous_mountaincar": ("rppo_continuous.py", MASKED_MOUNTAINCAR, 5, 90),
+    "ppo_trxl_lunarlander": ("ppo_trxl.py", f"{LANDER_BY_TRXL} {LANDER}", 5, 200),
+    "ppo_gtrxl_lunarlander": ("ppo_gtrxl.py", f"{LANDER_BY_TRXL} {LANDER}", 5, 200),
+    "ppo_trxl_memorychain": ("ppo_trxl.py", "", 5, 1),
+    "ppo_gtrxl_memorychain": ("ppo_gtrxl.py", "", 5, 1),
     "sac_halfcheetah": (
         "sac.py",
         "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000",
@@ -125,7 +134,7 @@ def draw(task: str, script: str, curves: list[list[dict]], solved: float) -> Non
 
 def run(task: str) -> None:
     script, flags, num_seeds, solved = TASKS[task]
-    print(f"\n`python {script} {flags}`\n")
+    print(f"\n`python {script} {shlex.join(flags.split())}`\n")
     rows, curves = [], []
     for seed in range(1, num_seeds + 1):
         row, curve = score(script, flags, seed)

@@ -3,8 +3,8 @@
     python benchmarks/trxl_speed.py
 
 512 environments x 128 steps of MemoryChain, 2 layers of 256 with 8 heads, memory 128, windows of 64, 4
-epochs of 8 minibatches: the configuration of transformerXL_PPO_JAX. Steady state, after compilation;
-"without cache" is the same rollout with keys and values of the whole memory computed at each step.
+epochs of 8 minibatches: the sizes of transformerXL_PPO_JAX, whose layers have gates, like those of
+ppo_gtrxl.py. Steady state, after compilation; "without cache" is the same rollout with keys and values of the whole memory computed at each step.
 In turns; prints Markdown and writes benchmarks/results/trxl_speed.csv.
 """
 
@@ -46,17 +46,16 @@ def seconds(function, *inputs) -> float:
     return time.perf_counter() - start
 
 
-def rollout_without_cache(agent, env, env_state, obs, reset, memory, key, num_steps):
-    def act_and_step(carry, key):
-        env_state, obs, reset, memory = carry
+def rollout_without_cache(agent, env, acting, key, num_steps):
+    def act_and_step(acting, key):
+        env_state, obs, reset, memory = acting
         memory, pi, value = agent.step(memory, obs, reset)
         action = jax.random.categorical(key, pi.logits)
         env_state, timestep = env.step(key, env_state, action)
         done = timestep.terminated | timestep.truncated
         return (env_state, timestep.obs, done, memory), (action, value)
 
-    start = (env_state, obs, reset, memory)
-    return jax.lax.scan(act_and_step, start, jax.random.split(key, num_steps))
+    return jax.lax.scan(act_and_step, (*acting,), jax.random.split(key, num_steps))
 
 
 def parts_of(script, **changes) -> dict:
@@ -66,16 +65,8 @@ def parts_of(script, **changes) -> dict:
     init, train_iteration = script.make_train(args, env)
     state = jax.jit(init)(jax.random.key(0))
     key = jax.random.key(1)
-    rollout = jax.jit(
-        lambda state: script.rollout(
-            state.agent, env, state.env_state, state.obs, state.reset, state.memory, key, 128
-        )
-    )
-    uncached = jax.jit(
-        lambda state: rollout_without_cache(
-            state.agent, env, state.env_state, state.obs, state.reset, state.memory, key, 16
-        )
-    )
+    rollout = jax.jit(lambda state: script.rollout(state.agent, env, state.acting, key, 128))
+    uncached = jax.jit(lambda state: rollout_without_cache(state.agent, env, state.acting, key, 16))
     train_iteration = jax.jit(train_iteration)
     parts = {
         "iteration": lambda: train_iteration(state),

@@ -42,6 +42,13 @@ def outputs(pi, value):
     return [pi.logits if hasattr(pi, "logits") else pi.mean(), value]
 
 
+def acting(script, agent, env, seed=0):
+    """Where acting begins."""
+    env_state, obs = env.reset(jax.random.key(seed))
+    reset, memory = jnp.ones(NUM_ENVS, bool), agent.initial_memory(NUM_ENVS)
+    return script.Acting(env_state, obs, reset, memory)
+
+
 def unroll(agent, memory, obs, reset, lengths):
     """Pieces of these lengths, each from the memory that the one before has left."""
     parts, start = [], 0
@@ -128,31 +135,30 @@ def test_the_ratio_is_1_before_the_first_update(name):
     script, args, env = importlib.import_module(name), small_args(name), real_env(name)
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
     agent = agent_of(name)
-    start = (state.env_state, state.obs, state.reset, state.memory)
+    start = state.acting
     for seed in (1, 2):
         rollout = jax.jit(lambda *x: script.rollout(agent, env, *x, 64))
-        after, batch = rollout(*start, jax.random.key(seed))
+        after, batch = rollout(start, jax.random.key(seed))
         assert batch.done.sum() >= NUM_ENVS
         np.testing.assert_array_equal(batch.reset[1:], batch.done[:-1])
-        memory, pi, value = agent.unroll(start[3], batch.obs, batch.reset)
+        memory, pi, value = agent.unroll(start.memory, batch.obs, batch.reset)
         assert jnp.abs(jnp.exp(pi.log_prob(batch.action) - batch.logprob) - 1).max() < 1e-4
         np.testing.assert_allclose(value, batch.value, atol=1e-4)
-        assert_close(memory, after[3], atol=1e-4)
+        assert_close(memory, after.memory, atol=1e-4)
         start = after
-    env_state, obs, reset, memory = start
-    _, following = script.rollout(agent, env, *start, jax.random.key(3), 1)
-    np.testing.assert_allclose(agent.step(memory, obs, reset)[2], following.value[0], atol=1e-5)
+    _, following = script.rollout(agent, env, start, jax.random.key(3), 1)
+    last_value = agent.step(start.memory, start.obs, start.reset)[2]
+    np.testing.assert_allclose(last_value, following.value[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name):
     script, env = importlib.import_module(name), real_env(name, limit=7)
     agent = agent_of(name)
-    env_state, obs = env.reset(jax.random.key(0))
-    start = (env_state, obs, jnp.ones(NUM_ENVS, bool), agent.initial_memory(NUM_ENVS))
-    _, batch = script.rollout(agent, env, *start, jax.random.key(1), 8)
+    start = acting(script, agent, env)
+    _, batch = script.rollout(agent, env, start, jax.random.key(1), 8)
     env = real_env(name, limit=1000)
-    _, without_limit = script.rollout(agent, env, *start, jax.random.key(1), 8)
+    _, without_limit = script.rollout(agent, env, start, jax.random.key(1), 8)
     cut = (batch.final_value[6] != 0) & ~without_limit.done[:7].any(axis=0)
     assert cut.sum() > NUM_ENVS // 2
     np.testing.assert_allclose(batch.final_value[6][cut], without_limit.value[7][cut], atol=1e-5)
@@ -231,20 +237,21 @@ def test_recomputed_carries_are_those_of_the_agent_that_acts():
     init, train_iteration = ppo_lstm.make_train(args, env)
     first = jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[0]
     fresh = first.agent.unroll(*first.past)[0]
-    assert jnp.abs(fresh[0] - first.memory[0]).max() > 1e-3  # one update made the old one stale
+    assert (
+        jnp.abs(fresh[0] - first.acting.memory[0]).max() > 1e-3
+    )  # one update made the old one stale
     second = jax.jit(train_iteration)(first)[0]
     assert_close(second.past[0], fresh)
-    np.testing.assert_array_equal(second.past[1][0], first.obs)
+    np.testing.assert_array_equal(second.past[1][0], first.acting.obs)
 
 
 def sequences(args, seed=0):
     """A batch of random numbers that the loss of rppo_continuous.py takes, and its memory."""
     env = real_env("rppo_continuous")
     agent = agent_of("rppo_continuous")
-    env_state, obs = env.reset(jax.random.key(seed))
-    start = (env_state, obs, jnp.ones(NUM_ENVS, bool), agent.initial_memory(NUM_ENVS))
-    after, batch = rppo_continuous.rollout(agent, env, *start, jax.random.key(1), args.num_steps)
-    return agent, batch, (after[3], *after[1:3])
+    start = acting(rppo_continuous, agent, env, seed)
+    after, batch = rppo_continuous.rollout(agent, env, start, jax.random.key(1), args.num_steps)
+    return agent, batch, after
 
 
 def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
@@ -287,21 +294,25 @@ def test_replaying_a_batch_with_the_same_agent_changes_nothing():
     assert jnp.abs(fresh.value - batch.value).max() > 1e-3
 
 
-def test_advantages_are_recomputed_before_each_epoch():
-    """After one epoch the agent has changed: from the second on, the values differ."""
+def test_advantages_are_recomputed_before_each_epoch_or_stay(monkeypatch):
+    """What the loss is given in each epoch: by default the same, however the agent has changed."""
+    given, loss = [], rppo_continuous.ppo_loss
 
-    def losses(update_epochs, recompute_advantages):
-        args = small_args(
-            "rppo_continuous",
-            update_epochs=update_epochs,
-            recompute_advantages=recompute_advantages,
-        )
-        init, train_iteration = rppo_continuous.make_train(args, real_env("rppo_continuous"))
-        metrics = jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[1]
-        return float(metrics["losses/value_loss"])
+    def spy(agent, memory, batch, advantages, returns, args):
+        jax.debug.callback(lambda x: given.append(float(x)), returns.sum(), ordered=True)
+        return loss(agent, memory, batch, advantages, returns, args)
 
-    assert losses(1, True) == pytest.approx(losses(1, False), rel=1e-5)
-    assert losses(3, True) != pytest.approx(losses(3, False), rel=1e-3)
+    monkeypatch.setattr(rppo_continuous, "ppo_loss", spy)
+    for recompute in (False, True):
+        changes = {"num_minibatches": 1, "recompute_advantages": recompute}
+        args, env = small_args("rppo_continuous", **changes), real_env("rppo_continuous")
+        init, train_iteration = rppo_continuous.make_train(args, env)
+        jax.block_until_ready(jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0))))
+        jax.effects_barrier()
+    as_acted, recomputed = given[: args.update_epochs], given[args.update_epochs :]
+    assert len(as_acted) == len(recomputed) == 4
+    np.testing.assert_allclose(as_acted, recomputed[0], rtol=1e-5)
+    assert np.all(np.abs(np.diff(recomputed)) > 1e-3 * np.abs(recomputed[0]))
 
 
 # --- ppo_trxl.py and ppo_gtrxl.py -----------------------------------------------------------------
@@ -357,7 +368,7 @@ def test_attention_is_the_paper_s_formula(encoding):
             attended[i, head] = sum(
                 w * both[j, dim:][head] for w, j in zip(weights, steps, strict=True)
             )
-    np.testing.assert_allclose(result[0], layer.finish(x, jnp.array(attended))[0], atol=1e-4)
+    np.testing.assert_allclose(result[0], layer.feed_forward(x, jnp.array(attended))[0], atol=1e-4)
     np.testing.assert_allclose(inputs, ppo_trxl.norm(x), atol=1e-6)
 
 
@@ -383,9 +394,11 @@ def test_a_gate_of_large_bias_lets_nothing_through():
     assert jnp.abs(gate(x, y)).max() < 1 and jnp.abs(gate(x, y) - gate(x, 2 * y)).max() > 1e-2
 
 
-def test_bfloat16_computes_nearly_the_same_in_half_the_memory():
-    agent, obs, reset = agent_of("ppo_trxl"), *steps_of("ppo_trxl")
-    half = agent_of("ppo_trxl", compute_dtype="bfloat16")
+@pytest.mark.parametrize("encoding", ["relative", "absolute", "learned"])
+def test_bfloat16_computes_nearly_the_same_in_half_the_memory(encoding):
+    agent = agent_of("ppo_trxl", positional_encoding=encoding)
+    half = agent_of("ppo_trxl", positional_encoding=encoding, compute_dtype="bfloat16")
+    obs, reset = steps_of("ppo_trxl")
     memory, pi, value = agent.unroll(agent.initial_memory(5), obs, reset)
     half_memory, half_pi, half_value = half.unroll(half.initial_memory(5), obs, reset)
     assert half_memory.inputs.dtype == jnp.bfloat16 and half_value.dtype == jnp.float32
