@@ -32,6 +32,7 @@ VARY = {
     "step_and_learn": "an off-policy step: how to act, what to keep, what is due then",
     "evaluate": "an agent with memory carries it along",
     "check_env": "names the sibling to use instead",
+    "ppo_trxl_pmap.py: main": "joins processes, and shares the environments out to devices",
     "sac.py: CALL_STEPS": "its steps are slow",
     "impala.py: main": "starts actor threads",
     "impala.py: compile_training": "not there: what an iteration does is spread over threads",

@@ -5,6 +5,9 @@ constant reward need not be tried on anything else.
 """
 
 import importlib
+import os
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import copies
@@ -15,7 +18,9 @@ from conftest import ROOT
 
 import ppo
 
-SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
+ALL_SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
+# ppo_trxl_pmap.py has the agent of ppo_trxl.py: test_ppo_trxl_pmap.py holds it to that.
+SCRIPTS = [name for name in ALL_SCRIPTS if name != "ppo_trxl_pmap"]
 ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
 OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
 CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac"]
@@ -105,7 +110,7 @@ SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
 SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
 SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"hidden_size": 32, "sequence_length": 8}
 SMALL["ppo_trxl"] = SMALL["ppo"] | {"memory_length": 6, "window_length": 8, "embed_dim": 32}
-SMALL["ppo_gtrxl"] = SMALL["ppo_trxl"]
+SMALL["ppo_gtrxl"] = SMALL["ppo_trxl_pmap"] = SMALL["ppo_trxl"]
 
 
 def small_args(name, num_iterations=60, **changes):
@@ -149,6 +154,20 @@ def learn(name, env, num_iterations=60, **changes):
         return Learned(state, value, act)
     value = lambda obs, reset=None: state.agent(obs)[1]
     return Learned(state, value, lambda obs: state.agent(obs)[0].mode())
+
+
+def run_on_devices(count, *command, **options):
+    """Runs Python on that many simulated devices, with the scripts and tests at hand."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
+    folder = os.path.dirname(__file__)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{folder}:{os.path.dirname(folder)}"},
+        **options,
+    )
 
 
 def greedy_player(name, state, num_envs=NUM_ENVS):

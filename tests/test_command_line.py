@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from probes import CONTINUOUS, DISTINCT, SCRIPTS
+from probes import ALL_SCRIPTS, CONTINUOUS, DISTINCT
 
 import ppo
 
@@ -47,7 +47,7 @@ SHORT_RUNS["rppo_continuous"] = (
 SHORT_RUNS["ppo_trxl"] = (
     SHORT_RUNS["a2c"] + " --num-minibatches 4 --memory-length 10 --window-length 16 --embed-dim 16"
 )
-SHORT_RUNS["ppo_gtrxl"] = SHORT_RUNS["ppo_trxl"]
+SHORT_RUNS["ppo_gtrxl"] = SHORT_RUNS["ppo_trxl_pmap"] = SHORT_RUNS["ppo_trxl"]
 for name in set(SHORT_RUNS) - {"ppo"}:
     SHORT_RUNS[name] = SHORT_RUNS[name].split()
     SHORT_RUNS[name] += ["--total-timesteps", "16384", "--eval-episodes", "5"]
@@ -84,7 +84,7 @@ def last_checkpoint(run_dir):
 # --- A run and its files --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
     programs = {"XLA_FLAGS": "--xla_dump_to=hlo", "JAX_COMPILATION_CACHE_DIR": "cache"}
@@ -316,6 +316,8 @@ OWN_BAD_FLAGS = {
     ("ppo_trxl", "--memory-length 0"): "--memory-length must be at least 1",
     ("ppo_trxl", "--num-minibatches 7"): "take one of",
     ("ppo_gtrxl", "--gate-bias nan"): "--gate-bias must be",
+    ("ppo_trxl_pmap", "--env-id envpool::LunarLander-v3"): "use ppo_trxl.py",
+    ("ppo_trxl_pmap", "--num-minibatches 7"): "take one of",
     ("impala", "--env-id gymnax::Pendulum-v1"): "ppo_continuous.py",
     ("impala", "--num-actor-threads 3"): "must be a multiple of 3, to divide among",
     ("impala", "--num-minibatches 5"): "learner devices: take 10",
@@ -414,7 +416,7 @@ def test_an_environment_that_raises_shows_its_own_traceback(tmp_path, name):
 # --- The flags themselves -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
     text = SCRIPT.with_name(f"{name}.py").read_text()
     tree = ast.parse(text)

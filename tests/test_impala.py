@@ -1,8 +1,5 @@
 """impala.py: V-trace, and that threads and devices compute what the plain iteration computes."""
 
-import os
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -11,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from probes import real_env, small_args
+from probes import real_env, run_on_devices, small_args
 from test_ppo import trajectory
 
 import impala
@@ -238,7 +235,7 @@ def test_devices_share_the_work_and_change_nothing(tmp_path):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
         print("the same")
     """
-    done = run_on_four_devices("-c", textwrap.dedent(program))
+    done = run_on_devices(4, "-c", textwrap.dedent(program))
     assert done.stdout.strip() == "the same", done.stderr
 
 
@@ -246,18 +243,6 @@ def test_the_command_for_four_devices_trains_and_evaluates(tmp_path):
     """EnvPool's steps cannot be split over devices, so the evaluation must leave the learners'."""
     flags = "--num-envs 12 --num-actor-threads 2 --actor-device-ids 0 --learner-device-ids 1 2 3 "
     flags += "--total-timesteps 8000 --eval-episodes 3"
-    done = run_on_four_devices(impala.__file__, *flags.split(), "--run-dir", tmp_path / "here")
+    done = run_on_devices(4, impala.__file__, *flags.split(), "--run-dir", tmp_path / "here")
     assert done.returncode == 0, done.stderr
     assert "greedy return over 3 episodes" in done.stdout
-
-
-def run_on_four_devices(*command):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    folder = os.path.dirname(__file__)
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{folder}:{os.path.dirname(folder)}"},
-    )

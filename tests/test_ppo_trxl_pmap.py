@@ -1,0 +1,270 @@
+"""Many devices and many processes train as one, and leave the files of one."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+from probes import run_on_devices, small_args
+
+import ppo_trxl_pmap
+
+FLAGS = (
+    "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 --gamma 0.99 "
+)
+FLAGS += (
+    "--memory-length 10 --window-length 16 --embed-dim 16 --learning-rate 1e-3 --eval-episodes 5"
+)
+FLAGS = FLAGS.split()
+
+ORACLE = """
+    import dataclasses, functools, jax, jax.numpy as jnp, numpy as np, ppo_trxl, ppo_trxl_pmap
+    from probes import real_env, small_args
+
+    DEVICES = 4
+    assert jax.device_count() == DEVICES
+
+
+    def off_the_mesh(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(np.asarray(jax.random.key_data(x)))
+        return np.asarray(x)
+
+
+    def on_one_device(state, args, env):
+        '''An iteration by ppo_trxl.py of what the devices do, side by side.'''
+        rollout_key, update_key, _ = jax.random.split(state.key, 3)
+        shares = [jax.tree.map(lambda x: jnp.split(x, DEVICES)[d], state.acting) for d in range(DEVICES)]
+        ends, batches = zip(*[
+            ppo_trxl.rollout(
+                state.agent, env, ppo_trxl.Acting(*acting), jax.random.fold_in(rollout_key, d), args.num_steps
+            )
+            for d, acting in enumerate(shares)
+        ])
+        join = lambda axis: lambda *x: jnp.concatenate(x, axis)
+        batch, end = jax.tree.map(join(1), *batches), jax.tree.map(join(0), *ends)
+        last_value = state.agent.step(end.memory, end.obs, end.reset)[2]
+        rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
+        data = ppo_trxl.compute_gae(
+            rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
+        )
+        # Minibatch n is made of the n-th minibatches of all devices.
+        windows, orders = args.num_windows, []
+        for d in range(DEVICES):
+            order_key = jax.random.split(jax.random.fold_in(update_key, d))[1]
+            order = ppo_trxl_pmap.random_order(order_key, windows).reshape(args.num_minibatches, -1)
+            window, number = jnp.divmod(order, args.num_envs)
+            orders.append(window * args.num_envs * DEVICES + d * args.num_envs + number)
+        ppo_trxl.random_order = lambda key, size: jnp.concatenate(orders, axis=1)
+        together = dataclasses.replace(args, num_envs=args.num_envs * DEVICES)
+        learning_rate = args.learning_rate * (1 - state.iteration / args.num_iterations)
+        clip = ppo_trxl.optax.clip_by_global_norm(args.max_grad_norm)
+        tx = ppo_trxl.optax.chain(clip, ppo_trxl.optax.scale_by_adam(eps=1e-5))
+        agent, _, metrics = ppo_trxl.update(
+            state.agent, state.opt_state, tx, learning_rate, state.acting.memory,
+            (batch, *data), update_key, together,
+        )
+        stats = ppo_trxl.record_episodes(state.stats, batch.reward, batch.done)
+        explained = 1 - jnp.var(data[1] - batch.value) / jnp.var(data[1])
+        metrics |= {"losses/explained_variance": explained} | ppo_trxl.episode_metrics(stats)
+        return agent, end, metrics
+
+
+    def compare(args, num_iterations):
+        env = real_env("ppo_trxl_pmap", num_envs=args.num_envs)
+        init, train_iteration = ppo_trxl_pmap.make_train(args, env)
+        state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+        assert len(np.unique(state.acting.obs, axis=0)) == args.num_envs * DEVICES  # own episodes
+        expected = jax.jit(functools.partial(on_one_device, args=args, env=env))
+        for _ in range(num_iterations):
+            agent, end, numbers = expected(jax.tree.map(off_the_mesh, state))
+            state, metrics = train_iteration(state)
+            for x, y in zip(*map(jax.tree.leaves, (agent, state.agent)), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+            for x, y in zip(*map(jax.tree.leaves, (end, state.acting)), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+            for name, number in numbers.items():
+                np.testing.assert_allclose(number, metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        return state
+"""
+
+
+def four_devices(program, *flags):
+    done = run_on_devices(4, "-c", textwrap.dedent(ORACLE) + textwrap.dedent(program), *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_four_devices_learn_what_one_device_learns(tmp_path):
+    """ppo_trxl.py on one device, with the environments of all four and the same random numbers, has
+    the same memories, metrics and parameters: with minibatches, and with epochs. What is saved from four
+    devices is what one device loads.
+    """
+    program = """
+        import pathlib, sys
+
+        compare(small_args("ppo_trxl_pmap", 3, num_envs=4, update_epochs=1), 3)
+        args = small_args("ppo_trxl_pmap", 3, num_envs=4, num_minibatches=1)
+        state = compare(args, 1)
+        ppo_trxl_pmap.save_checkpoint(pathlib.Path(sys.argv[1]), 1, state)
+        arrays = ppo_trxl_pmap.named_arrays(state._replace(key=jax.random.key_data(state.key)))
+        np.savez(sys.argv[1] + "/arrays.npz", **arrays)
+        assert state.acting.obs.sharding.shard_shape(state.acting.obs.shape)[0] == 4
+    """
+    four_devices(program, tmp_path)
+    args = small_args("ppo_trxl_pmap", num_envs=16, num_minibatches=1)
+    init, train_iteration = ppo_trxl_pmap.make_train(args, env_of(args))
+    state = jax.jit(init)(jax.random.key(1))
+    loaded = ppo_trxl_pmap.load_checkpoint(tmp_path, state)
+    saved = np.load(tmp_path / "arrays.npz")
+    named = ppo_trxl_pmap.named_arrays(loaded._replace(key=jax.random.key_data(loaded.key)))
+    assert set(named) == set(saved)
+    for name, array in named.items():
+        np.testing.assert_array_equal(array, saved[name], err_msg=name)
+    _, metrics = jax.jit(train_iteration)(loaded)
+    assert np.isfinite(metrics["losses/value_loss"])
+
+
+def env_of(args):
+    return ppo_trxl_pmap.make_env("gymnax::CartPole-v1", args.num_envs)
+
+
+def test_a_minibatch_holds_two_collectives_and_the_rollout_none():
+    """One all-reduce of the gradients and metrics, one of two moments, in the same loop; nothing else but what
+    the metrics gather once in an iteration. Read from the compiled program."""
+    program = """
+        args = small_args("ppo_trxl_pmap", num_envs=4)
+        init, train_iteration = ppo_trxl_pmap.make_train(args, real_env("ppo_trxl_pmap", num_envs=4))
+        state = jax.eval_shape(init, jax.random.key(0))
+        print(jax.jit(train_iteration).lower(state).compile().as_text())
+        print("parameters", sum(x.size for x in jax.tree.leaves(state.agent)))
+    """
+    text = four_devices(program)
+    size = int(text.split()[-1]) + len(ppo_trxl_pmap.LOSS_METRICS)
+    computation, found = "", []
+    for line in text.splitlines():
+        if heading := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            computation = "entry" if heading[1] else heading[2]
+        kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+        if collective := re.search(rf"= (\S+) ({kinds})(-start)?\(", line):
+            found.append((computation, collective[2], collective[1].partition("{")[0]))
+    reduced = [(shape, where) for where, kind, shape in found if kind == "all-reduce"]
+    assert sorted(shape for shape, _ in reduced) == sorted(["f32[2]", f"f32[{size}]"])
+    (loop,) = {where for _, where in reduced}
+    assert loop != "entry"
+    assert {x[:2] for x in found} - {(loop, "all-reduce")} == {("entry", "all-gather")}
+
+
+# --- As users run it ------------------------------------------------------------------------------
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def start_processes(folder, *flags, slurm=False):
+    """Two processes on this machine, that find each other by flags or as SLURM would tell them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    job = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    started = []
+    for number in range(2):
+        own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        command = [sys.executable, ppo_trxl_pmap.__file__, *map(str, flags)]
+        if not slurm:
+            command += ["--coordinator-address", f"localhost:{port}", "--num-processes", "2"]
+            command += ["--process-id", str(number)]
+        with (folder / f"log{number}").open("w") as log:
+            options = {"cwd": folder, "stdout": log, "stderr": log}
+            env = os.environ | (job | own if slurm else {})
+            started.append(subprocess.Popen(command, env=env, **options))
+    return started
+
+
+def test_two_processes_train_as_two_devices_and_resume_as_one(tmp_path):
+    """One of them writes, and a run goes on with any number of devices and processes."""
+    steps = ["--total-timesteps", 512 * 8]
+    started = start_processes(tmp_path, *FLAGS, *steps, "--run-dir", "two")
+    assert [process.wait(200) for process in started] == [0, 0], (tmp_path / "log0").read_text()
+    log = (tmp_path / "log1").read_text()
+    assert "steps" not in log and "greedy" not in log
+    done = run_on_devices(
+        2, ppo_trxl_pmap.__file__, *FLAGS, *steps, "--run-dir", "one", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(x.name for x in (tmp_path / "two").iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "evaluation.json",
+        "learning_curve.png",
+        "metrics.csv",
+    ]
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for name in set(one) - {"seconds", "charts/SPS"}:
+            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-5), name
+
+    steps = ["--total-timesteps", 512 * 10]
+    for count, name in ((1, "two"), (4, "one")):
+        path = tmp_path / name
+        done = run_on_devices(count, ppo_trxl_pmap.__file__, "--resume", path, *steps)
+        assert done.returncode == 0, done.stderr
+        before, after = rows(path)[-2:]
+        assert (before["step"], after["step"]) == ("4096", "5120")
+        assert float(after["charts/episodes"]) > float(before["charts/episodes"])
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["args"]["process_id"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_stops_one_process_stops_the_other(tmp_path, number):
+    """A signal that one process catches lets both save and end. One that dies takes the other along."""
+    started = start_processes(
+        tmp_path, *FLAGS, "--total-timesteps", 10**8, "--run-dir", "here", "--eval-episodes", 0
+    )
+    until = time.time() + 200
+    while not (tmp_path / "here" / "metrics.csv").exists():
+        assert time.time() < until and all(x.poll() is None for x in started)
+        time.sleep(0.5)
+    started[1].send_signal(number)
+    statuses = [process.wait(200) for process in started]
+    saved = (tmp_path / "here" / "checkpoints").exists()
+    if number == signal.SIGINT:
+        assert statuses == [130, 130] and saved, (tmp_path / "log0").read_text()
+    else:
+        assert statuses[0] not in (0, None) and statuses[1] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "hint"),
+    [
+        (3, "", "--num-envs 1024 must be a multiple of the 3 devices"),
+        (4, "--num-envs 4 --num-minibatches 4", "2 windows on each device"),
+        (1, "--process-id 1", "give --coordinator-address HOST:PORT, --num-processes and"),
+        (1, "--coordinator-address here", "give --coordinator-address HOST:PORT"),
+    ],
+)
+def test_devices_that_do_not_fit_are_one_clear_line_and_status_2(tmp_path, count, flags, hint):
+    done = run_on_devices(count, ppo_trxl_pmap.__file__, *flags.split(), cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert hint in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_begin_ends_in_all_processes(tmp_path):
+    """Only process 0 looks at the folder; the other hears of it."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    started = start_processes(tmp_path, *FLAGS, "--run-dir", "full", slurm=True)
+    assert [process.wait(100) for process in started] == [2, 2]
+    assert "full is not empty" in (tmp_path / "log0").read_text()
+    assert list((tmp_path / "full").iterdir()) == [tmp_path / "full" / "file"]
+    assert os.listdir(tmp_path).count("runs") == 0
