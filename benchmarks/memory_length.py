@@ -1,12 +1,13 @@
 """How long a memory each script learns to bridge: MemoryChain in gymnax, by its length.
 
-    python benchmarks/memory_length.py
+    python benchmarks/memory_length.py                  # all scripts and lengths, some hours
+    python benchmarks/memory_length.py ppo_lstm 8 32    # some lengths of one script
 
-The first observation shows a bit, the action after `memory_length` more steps is to name it: reward 1, or
--1. Guessing is right half of the time. Every script gets the same number of episodes of each length; the
-two Transformers remember as many steps as the chain has. Two seeds each, in one program; greedy,
-100 episodes. Prints Markdown, writes benchmarks/results/memory_length.csv and draws
-assets/memory_length.png.
+The bit is in the first two observations, and the action after `length` steps is to name it: reward 1, or
+-1. Guessing is right half of the time. Every script gets the same number of episodes of each length, and
+stops before if its last 100 training episodes average 0.95; the two Transformers remember as many steps
+as the chain has. Five seeds; greedy, 100 episodes. Prints Markdown, replaces the rows of what was run in
+benchmarks/results/memory_length.csv and draws assets/memory_length.png.
 """
 
 import csv
@@ -20,49 +21,55 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-LENGTHS, NUM_SEEDS, NUM_ENVS, NUM_STEPS, EPISODES = (8, 32, 128), 2, 64, 128, 2_500
-COMMON = f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --num-seeds {NUM_SEEDS}"
-COMMON += " --learning-rate 1e-3 --reward-scale 1 --gamma 0.99 --num-minibatches 8"
+RESULTS = ROOT / "benchmarks/results/memory_length.csv"
+LENGTHS, NUM_SEEDS, NUM_ENVS, NUM_STEPS, EPISODES = (8, 32, 128, 512), 5, 64, 128, 2_500
+COMMON = f"--num-envs {NUM_ENVS} --num-steps {NUM_STEPS} --learning-rate 1e-3 --reward-scale 1 "
+COMMON += "--gamma 0.99 --num-minibatches 8 --target-return 0.95"
 SCRIPTS = {  # name: label, flags
     "ppo": ("no memory (ppo.py)", ""),
     "ppo_lstm": ("LSTM (ppo_lstm.py)", ""),
-    "ppo_trxl": ("Transformer-XL (ppo_trxl.py)", "--window-length 32 --memory-length {length}"),
-    "ppo_gtrxl": ("GTrXL (ppo_gtrxl.py)", "--window-length 32 --memory-length {length}"),
+    "ppo_trxl": ("Transformer-XL (ppo_trxl.py)", "--memory-length {length}"),
+    "ppo_gtrxl": ("GTrXL (ppo_gtrxl.py)", "--memory-length {length}"),
 }
 
 
-def success(name: str, length: int) -> list[dict]:
-    """-> the share of right answers of each seed."""
+def success(name: str, length: int, seed: int) -> dict:
+    """-> the share of right answers, and the steps that it took."""
     steps = max(20 * NUM_ENVS * NUM_STEPS, EPISODES * (length + 1))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / f"{name}.py", *COMMON.split()]
+        command = [sys.executable, ROOT / f"{name}.py", *COMMON.split(), "--seed", str(seed)]
         command += SCRIPTS[name][1].format(length=length).split()
         command += ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
         command += ["--env-kwargs", json.dumps({"memory_length": length})]
         subprocess.run(
             [*command, "--run-dir", f"{folder}/run"], check=True, stdout=subprocess.DEVNULL
         )
-        seeds = json.loads(Path(f"{folder}/run/evaluation.json").read_text())["seeds"]
-    row = {"script": name, "length": length, "steps": steps}
-    return [row | {"seed": x["seed"], "success": round((x["mean"] + 1) / 2, 3)} for x in seeds]
+        (result,) = json.loads(Path(f"{folder}/run/evaluation.json").read_text())["seeds"]
+        with Path(f"{folder}/run/metrics.csv").open() as file:
+            *_, last = csv.DictReader(file)
+    right = round((result["mean"] + 1) / 2, 3)
+    row = {"script": name, "length": length, "seed": seed}
+    return row | {"success": right, "steps": int(last["step"]), "episodes": last["charts/episodes"]}
 
 
-def main() -> None:
-    rows = []
-    print("| script |", *[f"{length} |" for length in LENGTHS])
-    print("|---|" + "---|" * len(LENGTHS))
-    for name in SCRIPTS:
-        cells = []
-        for length in LENGTHS:
-            rows += success(name, length)
-            values = [row["success"] for row in rows[-NUM_SEEDS:]]
-            cells.append(" ".join(f"{value:.2f}" for value in values))
-            print(name, length, cells[-1], file=sys.stderr, flush=True)
-        print(f"| {name}.py |", *[f"{cell} |" for cell in cells], flush=True)
-    with (ROOT / "benchmarks/results/memory_length.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def main(names: list[str], lengths: list[int]) -> None:
+    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
+    print(
+        "| script | length | right answers of each seed | steps of each seed |\n|---|---|---|---|"
+    )
+    for name in names:
+        for length in lengths:
+            new = [success(name, length, seed) for seed in range(1, NUM_SEEDS + 1)]
+            rights, steps = [" ".join(str(row[x]) for row in new) for x in ("success", "steps")]
+            print(f"| {name}.py | {length} | {rights} | {steps} |", flush=True)
+            done = (name, str(length))
+            rows = [row for row in rows if (row["script"], str(row["length"])) != done] + new
+            order = list(SCRIPTS)
+            rows.sort(key=lambda x: (order.index(x["script"]), int(x["length"]), int(x["seed"])))
+            with RESULTS.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
     draw(rows)
 
 
@@ -73,9 +80,11 @@ def draw(rows: list[dict]) -> None:
     for (name, (label, _)), marker, line in zip(
         SCRIPTS.items(), "osD^", ("--", "-.", "-", ":"), strict=True
     ):
-        points = [(row["length"], row["success"]) for row in rows if row["script"] == name]
-        means = [np.mean([y for x, y in points if x == length]) for length in LENGTHS]
-        (drawn,) = axes.plot(LENGTHS, means, line, marker=marker, label=label)
+        own = [row for row in rows if row["script"] == name]
+        points = [(int(row["length"]), float(row["success"])) for row in own]
+        lengths = sorted({x for x, _ in points})
+        means = [np.mean([y for x, y in points if x == length]) for length in lengths]
+        (drawn,) = axes.plot(lengths, means, line, marker=marker, label=label)
         axes.plot(*zip(*points, strict=True), marker, color=drawn.get_color(), alpha=0.3, ms=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, LENGTHS)
@@ -86,4 +95,5 @@ def draw(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    names, lengths = sys.argv[1:2] or list(SCRIPTS), [int(x) for x in sys.argv[2:]] or LENGTHS
+    main(names, lengths)
