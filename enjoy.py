@@ -14,7 +14,7 @@
 #   "tyro>=1.0,<1.1",
 #   "tqdm>=4.66,<5",
 #   "matplotlib>=3.9,<4",
-#   "pillow>=11",
+#   "pillow>=11,<14",
 # ]
 # ///
 """Plays what a run has learned: greedy returns, and a picture that moves.
