@@ -74,9 +74,7 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = (
-        "craftax::Craftax-Symbolic-v1"  # suite::name (gymnax, craftax, or your own in JAX)
-    )
+    env_id: str = "craftax::Craftax-Symbolic-v1"  # suite::name, of environments in JAX
     env_kwargs: str | None = None  # JSON object of its arguments, None: 100 steps if MemoryChain
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
