@@ -126,7 +126,7 @@ def bootstrap(values: np.ndarray, samples: int = 2_000) -> tuple[np.ndarray, np.
 
 
 def summarize(curves: list[Curve], axis: str) -> tuple[np.ndarray, ...]:
-    """-> positions on the axis, interquartile mean, low, high, all [N]."""
+    """-> positions on the axis, interquartile mean and its interval's low and high ends, all [N]."""
     places = [getattr(curve, axis) for curve in curves]
     start, end = max(x[0] for x in places), min(x[-1] for x in places)
     if end < start:

@@ -4,8 +4,8 @@
     python benchmarks/scores.py ppo_lunarlander ...   # trains, seed by seed, and plays
 
 Each seed is a process of its own; nothing is timed. LunarLander-v3 is trained in EnvPool and judged in Gymnasium's
-(limit 1000 steps). For each task it prints a Markdown table, writes scores_<task>.csv and
-curves_<task>.csv to benchmarks/results and draws assets/<task>.png.
+(limit 1000 steps). For each task it prints a Markdown table and writes scores_<task>.csv and
+curves_<task>.csv to benchmarks/results. Then `python benchmarks/curves.py` draws them.
 """
 
 import csv
@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 LANDER = "--eval-env-id gymnasium::LunarLander-v3"
@@ -117,21 +116,6 @@ def write(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw(task: str, script: str, curves: list[list[dict]], solved: float) -> None:
-    """A thin line for each seed, and their mean."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in curves[0]]
-    returns = np.array([[row["return"] for row in curve] for curve in curves])
-    axes.plot(steps, returns.T, color="tab:blue", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, returns.mean(axis=0), color="tab:blue", label=f"mean of {len(curves)} seeds")
-    axes.axhline(solved, color="gray", linestyle="--", linewidth=0.8, label=f"{solved}")
-    axes.set(xlabel="environment steps", ylabel="return (last 100 training episodes)")
-    axes.set_title(f"python {script}: {task.removeprefix(script[:-3] + '_')}", fontsize="medium")
-    axes.legend()
-    figure.savefig(ROOT / "assets" / f"{task}.png", dpi=130)
-
-
 def run(task: str) -> None:
     script, flags, num_seeds, solved = TASKS[task]
     print(f"\n`python {script} {shlex.join(flags.split())}`\n")
@@ -148,7 +132,6 @@ def run(task: str) -> None:
     print(f"\n{means.mean():.1f} +- {means.std():.1f}; {good} of {len(means)} >= {solved}")
     write(f"scores_{task}.csv", rows)
     write(f"curves_{task}.csv", sum(curves, []))
-    draw(task, script, curves, solved)
 
 
 if __name__ == "__main__":

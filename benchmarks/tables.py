@@ -1,0 +1,162 @@
+"""The tables of the README, from the scripts and the raw results: a test holds the README to them.
+
+python benchmarks/tables.py           # prints them
+python benchmarks/tables.py --write   # puts them into README.md, between their marks
+"""
+
+import csv
+import re
+import shlex
+import sys
+from math import inf, isnan
+from pathlib import Path
+from statistics import mean, median, pstdev
+
+from scipy import stats
+from scores import TASKS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCRIPTS = {
+    "ppo": "proximal policy optimisation, discrete actions; the root of the collection",
+    "ppo_continuous": "the same for continuous actions, with running normalisation by flag",
+    "ppo_lstm": "PPO with a long short-term memory",
+    "rppo_continuous": "the same for continuous actions, with sequences and burn-in",
+    "ppo_trxl": "PPO with a Transformer-XL memory: relative positions, cached keys and values",
+    "ppo_gtrxl": "the same with GRU gates",
+    "ppo_trxl_pmap": "ppo_trxl.py on many devices and many machines",
+    "a2c": "advantage actor-critic",
+    "impala": "actor threads, a learner and V-trace; actors and learners on different devices by flag",
+    "dqn": "(double) deep Q-network; the replay buffer is part of the compiled loop",
+    "sac": "soft actor-critic with automatic temperature; SimBa's networks by flag",
+}
+LANDER, CARTPOLE, MASKED = "LunarLander-v3", "CartPole-v1", "CartPole-v1 without velocities"
+TABLES = {  # rows: name in the results, task, target of the timed launch
+    "results": [
+        ("ppo_lunarlander", LANDER, "200"),
+        ("ppo_cartpole", CARTPOLE, "475"),
+        ("ppo_continuous_pendulum", "Pendulum-v1", "-200"),
+        ("ppo_continuous_halfcheetah", "HalfCheetah-v5", None),
+        ("a2c_lunarlander", LANDER, "200"),
+        ("impala_lunarlander", LANDER, "200"),
+        ("dqn_cartpole", CARTPOLE, None),
+        ("dqn_lunarlander", LANDER, None),
+        ("dqn_breakout", "Breakout-MinAtar", None),
+        ("sac_pendulum", "Pendulum-v1", None),
+        ("sac_halfcheetah", "HalfCheetah-v5", None),
+    ],
+    "memory": [
+        ("ppo_lstm_cartpole", MASKED, "475"),
+        ("ppo_trxl_cartpole", MASKED, None),
+        ("ppo_gtrxl_cartpole", MASKED, None),
+        ("ppo_masked_cartpole", f"{MASKED}, the control", None),
+        ("rppo_continuous_pendulum", "Pendulum-v1 without velocity", None),
+        ("rppo_continuous_mountaincar", "MountainCarContinuous-v0 without velocity", None),
+        ("ppo_lstm_lunarlander", LANDER, None),
+        ("ppo_trxl_lunarlander", LANDER, None),
+        ("ppo_gtrxl_lunarlander", LANDER, None),
+        ("ppo_trxl_memorychain", "MemoryChain-bsuite, 100 steps", None),
+        ("ppo_gtrxl_memorychain", "MemoryChain-bsuite, 100 steps", None),
+    ],
+}
+
+
+def rows_of(name: str) -> list[dict]:
+    path = RESULTS / f"{name}.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def lines_of(script: str) -> tuple[int, int]:
+    """-> all lines, and those from the heading Networks to the heading Evaluation."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    heading = lambda name: next(n for n, x in enumerate(lines) if x.startswith(f"# --- {name}"))
+    return len(lines), heading("Evaluation") - heading("Networks")
+
+
+def script_of(name: str) -> str:
+    """ppo_lstm_cartpole -> ppo_lstm."""
+    if name in TASKS:
+        return TASKS[name][0].removesuffix(".py")
+    return max((x for x in SCRIPTS if name.startswith(f"{x}_")), key=len)
+
+
+def scripts_table() -> str:
+    table = ["| script | what | lines (algorithm) |", "|---|---|---|"]
+    for name, what in SCRIPTS.items():
+        total, algorithm = lines_of(name)
+        table.append(f"| [{name}.py]({name}.py) | {what} | {total:,} ({algorithm}) |")
+    return "\n".join(table)
+
+
+def in_words(steps: int) -> str:
+    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{round(steps, -3) // 1000}k"
+
+
+def score_cells(name: str) -> list[str]:
+    """Steps, mean and spread over seeds, interquartile mean with its interval, seeds at the bar."""
+    rows = rows_of(f"scores_{name}")
+    if not rows:
+        return [""] * 4
+    means, bar = [float(row["mean"]) for row in rows], TASKS[name][3]
+    iqm = lambda x, axis=-1: stats.trim_mean(x, 0.25, axis=axis)
+    steps = max(int(row.get("steps") or 1_000_000) for row in rows)
+    cells = [in_words(round(steps, -4)), f"{mean(means):.1f} ± {pstdev(means):.1f}"]
+    interval = ""
+    if len(means) >= 5 and pstdev(means) > 0:
+        bounds = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
+        interval = f" [{bounds.low:.1f}, {bounds.high:.1f}]"
+    cells.append(f"{iqm(means):.1f}{interval}")
+    good = f"{sum(x >= bar for x in means)} of {len(means)} ≥ {bar}"
+    return [*cells, good if bar else f"{len(means)} seeds"]
+
+
+def launch_cell(name: str, target: str | None) -> str:
+    rows = rows_of(f"time_to_solve_{name}")
+    if not rows:
+        return ""
+    seconds = [float(row["seconds"]) for row in rows]
+    seconds = [inf if isnan(x) else x for x in seconds]
+    return f"{target} in {median(seconds):.1f} s ({max(seconds):.1f})"
+
+
+def results_table(rows: list[tuple]) -> str:
+    table = [
+        "| script | task | steps | mean ± std over seeds | IQM [95 % interval] | seeds at the bar "
+        "| launch to target: median (worst) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, task, target in rows:
+        cells = [f"{script_of(name)}.py", task, *score_cells(name), launch_cell(name, target)]
+        table.append(f"| {' | '.join(cells)} |".replace("-1", "−1").replace("v−1", "v-1"))
+    return "\n".join(re.sub(r"(?<=[ \[≥])-(?=\d)", "−", line) for line in table)
+
+
+def commands() -> str:
+    """What the rows were run with, but for --seed and --run-dir."""
+    lines = []
+    for name, *_ in TABLES["results"] + TABLES["memory"]:
+        if name in TASKS:
+            script, flags, *_ = TASKS[name]
+            lines.append(f"    python {script} {shlex.join(flags.split())}".rstrip())
+    return "\n".join(["```", *dict.fromkeys(line.strip() for line in lines), "```"])
+
+
+def fill(text: str) -> str:
+    """The README's text with the tables as the files say they are."""
+    tables = {name: results_table(rows) for name, rows in TABLES.items()}
+    tables |= {"scripts": scripts_table(), "commands": commands()}
+    for name, table in tables.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        assert mark.search(text), f"README.md has no marks for {name}"
+        text = mark.sub(lambda match, table=table: match[1] + table + match[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--write"]):
+        sys.exit("usage: python benchmarks/tables.py [--write]")
+    readme = ROOT / "README.md"
+    if sys.argv[1:]:
+        readme.write_text(fill(readme.read_text()))
+    else:
+        print(scripts_table(), *map(results_table, TABLES.values()), sep="\n\n")
