@@ -75,9 +75,7 @@ from jax.experimental import io_callback
 class Args:
     env_id: str = "gymnax::CartPole-v1"  # suite::name (gymnax, craftax, gymnasium, envpool)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
-    mask_obs: tuple[int, ...] | None = (
-        None  # entries to hide, None: velocities of gymnax::CartPole-v1
-    )
+    mask_obs: tuple[int, ...] | None = None  # to hide, None: velocities if gymnax::CartPole-v1
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
     total_timesteps: int = 500_000  # environment steps of each agent

@@ -12,10 +12,13 @@ from math import inf, isnan
 from pathlib import Path
 from statistics import mean, median, pstdev
 
-from scipy import stats
+import numpy as np
 from scores import TASKS
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from plot import bootstrap, interquartile_mean
+
 RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = {
     "ppo": "proximal policy optimisation, discrete actions; the root of the collection",
@@ -51,7 +54,11 @@ TABLES = {  # rows: name in the results, task, target of the timed launch
         ("ppo_gtrxl_cartpole", MASKED, None),
         ("ppo_masked_cartpole", f"{MASKED}, the control", None),
         ("rppo_continuous_pendulum", "Pendulum-v1 without velocity", None),
-        ("rppo_continuous_mountaincar", "MountainCarContinuous-v0 without velocity", None),
+        (
+            "rppo_continuous_mountaincar",
+            "MountainCarContinuous-v0 likewise, 8 steps an action",
+            None,
+        ),
         ("ppo_lstm_lunarlander", LANDER, None),
         ("ppo_trxl_lunarlander", LANDER, None),
         ("ppo_gtrxl_lunarlander", LANDER, None),
@@ -98,14 +105,13 @@ def score_cells(name: str) -> list[str]:
     if not rows:
         return [""] * 4
     means, bar = [float(row["mean"]) for row in rows], TASKS[name][3]
-    iqm = lambda x, axis=-1: stats.trim_mean(x, 0.25, axis=axis)
     steps = max(int(row.get("steps") or 1_000_000) for row in rows)
     cells = [in_words(round(steps, -4)), f"{mean(means):.1f} ± {pstdev(means):.1f}"]
     interval = ""
     if len(means) >= 5 and pstdev(means) > 0:
-        bounds = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
-        interval = f" [{bounds.low:.1f}, {bounds.high:.1f}]"
-    cells.append(f"{iqm(means):.1f}{interval}")
+        low, high = bootstrap(np.array(means)[:, None])
+        interval = f" [{low[0]:.1f}, {high[0]:.1f}]"
+    cells.append(f"{interquartile_mean(np.array(means)):.1f}{interval}")
     good = f"{sum(x >= bar for x in means)} of {len(means)} ≥ {bar}"
     return [*cells, good if bar else f"{len(means)} seeds"]
 
@@ -131,6 +137,91 @@ def results_table(rows: list[tuple]) -> str:
     return "\n".join(re.sub(r"(?<=[ \[≥])-(?=\d)", "−", line) for line in table)
 
 
+def of_program(name: str, program: str, column: str) -> float:
+    """The median over rounds."""
+    return median(float(x[column]) for x in rows_of(name) if x["program"] == program)
+
+
+def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
+    """Ours beside theirs: seconds of the whole process and steps/s in steady state."""
+    table = [f"| | {ours} | {label} | ratio |", "|---|---|---|---|"]
+    for what, column in (
+        ("whole process, s", "seconds"),
+        ("steady state, steps/s", "steps_per_second"),
+    ):
+        pairs = [
+            [float(x[column]) for x in rows_of(name) if x["program"] == program]
+            for program in (ours, theirs)
+        ]
+        ratio = median(a / b for a, b in zip(*pairs, strict=True))
+        one, other = map(median, pairs)
+        table.append(f"| {what} | {one:,.1f} | {other:,.1f} | {ratio:.2f} |")
+    return "\n".join(table)
+
+
+def cartpole_table() -> str:
+    table = [
+        "| environments | ppo.py | rejax 0.1.3 | ratio | 8 seeds cost |",
+        "|---|---|---|---|---|",
+    ]
+    rows = rows_of("cartpole_speed")
+    for size in dict.fromkeys(row["num_envs"] for row in rows):
+        own = [{k: float(v) for k, v in row.items()} for row in rows if row["num_envs"] == size]
+        ours, theirs = [round(median(row[name] for row in own)) for name in ("ppo", "rejax")]
+        ratio = median(row["ppo"] / row["rejax"] for row in own)
+        seeds = median(row["ppo"] / row["ppo_8_seeds"] for row in own)
+        table.append(f"| {size} | {ours:,} | {theirs:,} | {ratio:.2f} | {seeds:.1f} x one |")
+    return "\n".join(table)
+
+
+def dqn_table() -> str:
+    rows = rows_of("dqn_speed")
+    middle = {name: median(float(row[name]) for row in rows) for name in rows[0]}
+    ratio = median(float(x["ours_64_64_double"]) / float(x["rejax_64_64_double"]) for x in rows)
+    return f"""| networks | dqn.py | rejax 0.1.3 | ratio |
+|---|---|---|---|
+| 64 x 64, double | {middle["ours_64_64_double"]:,.0f} | {middle["rejax_64_64_double"]:,.0f} | {ratio:.2f} |
+| 120 x 84, double | {middle["ours_120_84_double"]:,.0f} | | |
+| 120 x 84 (PureJaxRL's configuration) | {middle["ours_120_84"]:,.0f} | | |"""
+
+
+def trxl_table() -> str:
+    table = ["| | steps/s | s per iteration | rollout, s | its share | rollout without cache, s |"]
+    table.append("|---|---|---|---|---|---|")
+    rows = rows_of("trxl_speed")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        times = {}
+        for row in rows:
+            if row["case"] == case:
+                times.setdefault(row["part"], []).append(float(row["seconds"]))
+        whole, acting, uncached = [median(x) for x in times.values()]
+        cells = [f"{512 * 128 / whole:,.0f}", f"{whole:.1f}", f"{acting:.1f}"]
+        cells += [f"{acting / whole:.0%}".replace("%", " %"), f"{8 * uncached:.1f}"]
+        table.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def programs_table(name: str) -> str:
+    table = ["| | whole process, s | steady state, steps/s |", "|---|---|---|"]
+    for program in dict.fromkeys(row["program"] for row in rows_of(name)):
+        seconds, speed = [of_program(name, program, x) for x in ("seconds", "steps_per_second")]
+        table.append(f"| {program} | {seconds:.1f} | {speed:,.0f} |")
+    return "\n".join(table)
+
+
+def growth_tables() -> str:
+    rows, tables = rows_of("growth"), []
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        own = [row for row in rows if row["axis"] == axis]
+        table = [
+            f"| {axis} | {' | '.join(row['value'] for row in own)} |",
+            "|---" * (len(own) + 1) + "|",
+        ]
+        speeds = [f"{int(row['steps_per_second']):,}" for row in own]
+        tables.append("\n".join([*table, f"| steps/s | {' | '.join(speeds)} |"]))
+    return "\n\n".join(tables)
+
+
 def commands() -> str:
     """What the rows were run with, but for --seed and --run-dir."""
     lines = []
@@ -145,10 +236,17 @@ def fill(text: str) -> str:
     """The README's text with the tables as the files say they are."""
     tables = {name: results_table(rows) for name, rows in TABLES.items()}
     tables |= {"scripts": scripts_table(), "commands": commands()}
+    tables |= {"ppo speed": programs_table("ppo_speed"), "cartpole speed": cartpole_table()}
+    tables |= {"dqn speed": dqn_table(), "trxl speed": trxl_table(), "growth": growth_tables()}
+    for task in ("pendulum", "halfcheetah"):
+        name = f"sac_speed_{task}"
+        tables[name.replace("_", " ")] = two_programs(name, "sac.py", "sbx", "SBX")
+    ours = "rppo_continuous.py"
+    tables["recurrent speed"] = two_programs("recurrent_speed", ours, "memorax", "memorax 1.0.1")
     for name, table in tables.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(text), f"README.md has no marks for {name}"
-        text = mark.sub(lambda match, table=table: match[1] + table + match[2], text)
+        text = mark.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     return text
 
 

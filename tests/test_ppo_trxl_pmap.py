@@ -112,16 +112,17 @@ def test_four_devices_learn_what_one_device_learns(tmp_path):
     program = """
         import pathlib, sys
 
-        compare(small_args("ppo_trxl_pmap", 3, num_envs=4, update_epochs=1), 3)
-        args = small_args("ppo_trxl_pmap", 3, num_envs=4, num_minibatches=1)
-        state = compare(args, 1)
+        small = {"num_envs": 4, "num_layers": 1, "update_epochs": 1}
+        compare(small_args("ppo_trxl_pmap", 3, **small), 3)
+        small |= {"update_epochs": 3, "num_minibatches": 1}
+        state = compare(small_args("ppo_trxl_pmap", 3, **small), 1)
         ppo_trxl_pmap.save_checkpoint(pathlib.Path(sys.argv[1]), 1, state)
         arrays = ppo_trxl_pmap.named_arrays(state._replace(key=jax.random.key_data(state.key)))
         np.savez(sys.argv[1] + "/arrays.npz", **arrays)
         assert state.acting.obs.sharding.shard_shape(state.acting.obs.shape)[0] == 4
     """
     four_devices(program, tmp_path)
-    args = small_args("ppo_trxl_pmap", num_envs=16, num_minibatches=1)
+    args = small_args("ppo_trxl_pmap", num_envs=16, num_layers=1, num_minibatches=1)
     init, train_iteration = ppo_trxl_pmap.make_train(args, env_of(args))
     state = jax.jit(init)(jax.random.key(1))
     loaded = ppo_trxl_pmap.load_checkpoint(tmp_path, state)
@@ -192,56 +193,52 @@ def start_processes(folder, *flags, slurm=False):
     return started
 
 
-def test_two_processes_train_as_two_devices_and_resume_as_one(tmp_path):
-    """One of them writes, and a run goes on with any number of devices and processes."""
-    steps = ["--total-timesteps", 512 * 8]
-    started = start_processes(tmp_path, *FLAGS, *steps, "--run-dir", "two")
-    assert [process.wait(200) for process in started] == [0, 0], (tmp_path / "log0").read_text()
-    log = (tmp_path / "log1").read_text()
-    assert "steps" not in log and "greedy" not in log
-    done = run_on_devices(
-        2, ppo_trxl_pmap.__file__, *FLAGS, *steps, "--run-dir", "one", cwd=tmp_path
-    )
+def wait_for(condition, processes, seconds=300):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+
+
+def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path):
+    """A signal that one process catches lets both save and end; one of them writes; and the run goes on
+    with any number of devices and processes."""
+    flags = [*FLAGS, "--no-anneal-lr"]
+    started = start_processes(tmp_path, *flags, "--total-timesteps", 10**8, "--run-dir", "two")
+    wait_for((tmp_path / "two" / "metrics.csv").exists, started)
+    started[1].send_signal(signal.SIGINT)
+    assert [process.wait(200) for process in started] == [130, 130]
+    assert "stopped and saved" in (tmp_path / "log0").read_text()
+    assert "stopped and saved" not in (tmp_path / "log1").read_text()
+    files = {"checkpoints", "config.json", "learning_curve.png", "metrics.csv"}
+    assert {x.name for x in (tmp_path / "two").iterdir()} == files
+
+    steps = int(rows(tmp_path / "two")[0]["step"])
+    flags += ["--total-timesteps", steps, "--run-dir", "one"]
+    done = run_on_devices(2, ppo_trxl_pmap.__file__, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(x.name for x in (tmp_path / "two").iterdir()) == [
-        "checkpoints",
-        "config.json",
-        "evaluation.json",
-        "learning_curve.png",
-        "metrics.csv",
-    ]
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in set(one) - {"seconds", "charts/SPS"}:
-            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-5), name
+    (one,), (two, *_) = rows(tmp_path / "one"), rows(tmp_path / "two")
+    for name in set(one) - {"seconds", "charts/SPS"}:
+        assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-5), name
 
-    steps = ["--total-timesteps", 512 * 10]
-    for count, name in ((1, "two"), (4, "one")):
-        path = tmp_path / name
-        done = run_on_devices(count, ppo_trxl_pmap.__file__, "--resume", path, *steps)
-        assert done.returncode == 0, done.stderr
-        before, after = rows(path)[-2:]
-        assert (before["step"], after["step"]) == ("4096", "5120")
-        assert float(after["charts/episodes"]) > float(before["charts/episodes"])
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["args"]["process_id"] is None
+    last = rows(tmp_path / "two")[-1]
+    flags = ["--resume", "two", "--total-timesteps", int(last["step"]) + 512]
+    done = run_on_devices(4, ppo_trxl_pmap.__file__, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = rows(tmp_path / "two")[-2:]
+    assert before == last and int(after["step"]) == int(last["step"]) + 512
+    assert float(after["charts/episodes"]) > float(last["charts/episodes"])
+    assert json.loads((tmp_path / "two/config.json").read_text())["args"]["process_id"] is None
+    assert (tmp_path / "two/evaluation.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_what_stops_one_process_stops_the_other(tmp_path, number):
-    """A signal that one process catches lets both save and end. One that dies takes the other along."""
-    started = start_processes(
-        tmp_path, *FLAGS, "--total-timesteps", 10**8, "--run-dir", "here", "--eval-episodes", 0
-    )
-    until = time.time() + 200
-    while not (tmp_path / "here" / "metrics.csv").exists():
-        assert time.time() < until and all(x.poll() is None for x in started)
-        time.sleep(0.5)
-    started[1].send_signal(number)
-    statuses = [process.wait(200) for process in started]
-    saved = (tmp_path / "here" / "checkpoints").exists()
-    if number == signal.SIGINT:
-        assert statuses == [130, 130] and saved, (tmp_path / "log0").read_text()
-    else:
-        assert statuses[0] not in (0, None) and statuses[1] == -signal.SIGKILL
+def test_a_process_that_dies_takes_the_other_along(tmp_path):
+    flags = [*FLAGS, "--total-timesteps", 10**8, "--run-dir", "here"]
+    started = start_processes(tmp_path, *flags)
+    wait_for((tmp_path / "here" / "metrics.csv").exists, started)
+    started[1].kill()
+    assert started[1].wait(10) == -signal.SIGKILL
+    assert started[0].wait(200) not in (0, 130)
 
 
 @pytest.mark.parametrize(

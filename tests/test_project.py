@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = copies.scripts(ROOT)
 LOCAL = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
-PACKAGE_OF = {"orbax": "orbax-checkpoint"}  # where the import's name is not the package's
+PACKAGE_OF = {
+    "orbax": "orbax-checkpoint",
+    "PIL": "pillow",
+}  # where the import's name is not the package's
 OPTIONAL = {"tensorboardX", "wandb"}  # imported only when asked for, and named if missing
 
 
