@@ -173,7 +173,16 @@ def rows(run_dir):
         return list(csv.DictReader(file))
 
 
-def start_processes(folder, *flags, slurm=False):
+@pytest.fixture
+def start_processes():
+    """Starts processes as below, and leaves none behind."""
+    started = []
+    yield lambda *args, **kwargs: started.extend(start_two(*args, **kwargs)) or started
+    for process in started:
+        process.kill()
+
+
+def start_two(folder, *flags, slurm=False):
     """Two processes on this machine, that find each other by flags or as SLURM would tell them."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -200,7 +209,7 @@ def wait_for(condition, processes, seconds=300):
         time.sleep(0.2)
 
 
-def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path):
+def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, start_processes):
     """A signal that one process catches lets both save and end; one of them writes; and the run goes on
     with any number of devices and processes."""
     flags = [*FLAGS, "--no-anneal-lr"]
@@ -232,7 +241,7 @@ def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path):
     assert (tmp_path / "two/evaluation.json").exists()
 
 
-def test_a_process_that_dies_takes_the_other_along(tmp_path):
+def test_a_process_that_dies_takes_the_other_along(tmp_path, start_processes):
     flags = [*FLAGS, "--total-timesteps", 10**8, "--run-dir", "here"]
     started = start_processes(tmp_path, *flags)
     wait_for((tmp_path / "here" / "metrics.csv").exists, started)
@@ -256,7 +265,7 @@ def test_devices_that_do_not_fit_are_one_clear_line_and_status_2(tmp_path, count
     assert hint in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_begin_ends_in_all_processes(tmp_path):
+def test_a_run_that_cannot_begin_ends_in_all_processes(tmp_path, start_processes):
     """Only process 0 looks at the folder; the other hears of it."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
