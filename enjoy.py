@@ -193,14 +193,9 @@ def draw_gymnax(name: str, args: Any, states: list) -> list[np.ndarray]:
 def draw_craftax(name: str, args: Any, states: list) -> list[np.ndarray]:
     import jax
 
-    classic = "Classic" in name
-    module = "craftax.craftax_classic" if classic else "craftax.craftax"
+    module = "craftax.craftax_classic" if "Classic" in name else "craftax.craftax"
     renderer = importlib.import_module(f"{module}.renderer")
-    if classic:
-        render = lambda state: renderer.render_craftax_pixels(state, 16)
-    else:
-        render = renderer.make_craftax_pixel_renderer(16)
-    render = jax.jit(render)
+    render = jax.jit(renderer.make_craftax_pixel_renderer(16))
     return [np.asarray(render(state)).clip(0, 255).astype(np.uint8) for state in states]
 
 
@@ -208,17 +203,21 @@ def record_gymnasium(script, args, state, seed, name):
     """Every Gymnasium environment that is made renders each of its steps."""
     import gymnasium
 
-    frames, make = [], gymnasium.make
+    frames, over, make = [], [], gymnasium.make
 
     class Camera(gymnasium.Wrapper):
         def reset(self, **kwargs):
             result = super().reset(**kwargs)
-            frames.append(self.render())
+            if not over:
+                frames.append(self.render())
             return result
 
         def step(self, action):
             result = super().step(action)
-            frames.append(self.render())
+            if not over:
+                frames.append(self.render())
+            if result[2] or result[3]:  # terminated or truncated: the first episode is over
+                over.append(True)
             return result
 
     with mock.patch.object(
@@ -226,10 +225,10 @@ def record_gymnasium(script, args, state, seed, name):
     ):
         env = make_env(script, args, 1, seed)
     frames.clear()
-    (total,), (length,) = play(script, state, env, seed)
+    (total,), _ = play(script, state, env, seed)
     if any(not isinstance(frame, np.ndarray) for frame in frames):
         fail(f"{name} gives no pictures: --no-draw prints the returns alone")
-    return frames[: int(length) + 1], total  # after them a new episode begins
+    return frames, total
 
 
 def record_envpool(script, args, state, seed, name):
@@ -287,7 +286,7 @@ def told(what: str):
     """One line for what a simulator or a picture library cannot do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # of any simulator or picture library
         fail(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
 
@@ -303,6 +302,8 @@ def main(args: Args) -> None:
     episodes = run_args.eval_episodes if args.episodes is None else args.episodes
     if episodes < 1:
         fail("--episodes must be at least 1")
+    if args.fps <= 0 or args.max_frames < 1 or args.width < 1:
+        fail("--fps, --max-frames and --width must be above 0")
 
     state = load_state(script, run_args, args.run, seed)
     env_seed = run_args.seed + 2**30  # that of the run's own evaluation

@@ -33,7 +33,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 MARKERS = "osD^vXP*"
 POINTS = 200  # of a line
-NOT_THE_TASK = {
+NO_OPTION = {
     "seed",
     "num_seeds",
     "run_dir",
@@ -42,7 +42,7 @@ NOT_THE_TASK = {
     "tensorboard",
     "checkpoint_every",
 }
-NOT_THE_TASK |= {"env_id", "eval_env_id", "eval_episodes", "target_return"}
+NO_OPTION |= {"env_id", "env_kwargs", "mask_obs", "eval_env_id", "eval_episodes", "target_return"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Args:
 class Curve(NamedTuple):
     """One seed."""
 
+    seed: str
     steps: np.ndarray  # [N]
     seconds: np.ndarray  # [N], since the launch
     values: np.ndarray  # [N]
@@ -76,9 +77,10 @@ def fail(message: str) -> NoReturn:
 def read_run(folder: Path, metric: str) -> Run:
     try:
         config = json.loads((folder / "config.json").read_text())
+        flags = dict(config["args"])
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         fail(f"{folder} is no run: it needs a config.json and a metrics.csv")
     if not rows:
         fail(f"{folder}/metrics.csv is empty")
@@ -91,9 +93,13 @@ def read_run(folder: Path, metric: str) -> Run:
         steps, seconds, values = np.array(columns)
         known = np.isfinite(values)  # no episode has ended at first
         if known.any():
-            curves.append(Curve(steps[known], seconds[known], values[known]))
-    flags = {name: x for name, x in config["args"].items() if name not in NOT_THE_TASK}
-    task = config["args"]["env_id"].partition("::")[2]
+            curves.append(Curve(seed, steps[known], seconds[known], values[known]))
+    task = flags["env_id"]
+    if flags.get("env_kwargs") not in (None, "{}"):
+        task += f" {flags['env_kwargs']}"
+    if flags.get("mask_obs"):
+        task += f" without {', '.join(map(str, flags['mask_obs']))}"
+    flags = {name: x for name, x in flags.items() if name not in NO_OPTION}
     return Run(config["script"], task, flags, curves)
 
 
@@ -107,7 +113,11 @@ def lines_of(runs: list[Run]) -> dict[str, list[Curve]]:
         label = " ".join(
             [run.script, *[f"--{x.replace('_', '-')} {run.flags.get(x)}" for x in differ]]
         )
-        lines.setdefault(label, []).extend(run.curves)
+        line = lines.setdefault(label, [])
+        again = {curve.seed for curve in line} & {curve.seed for curve in run.curves}
+        if again:
+            fail(f"{run.task}: {label} has seed {min(again)} twice; leave one of the runs out")
+        line.extend(run.curves)
     return dict(sorted(lines.items()))
 
 
@@ -174,7 +184,12 @@ def draw(runs: list[Run], args: Args) -> None:
 def main(args: Args) -> None:
     if not args.runs:
         fail("name the folders of runs, like runs/*")
-    runs = [read_run(folder, args.metric) for folder in args.runs]
+    begun = [folder for folder in args.runs if (folder / "metrics.csv").exists()]
+    for folder in set(args.runs) - set(begun):
+        print(f"{folder} is left out: it has no metrics.csv", file=sys.stderr)
+    if not begun:
+        fail("none of these folders holds a run")
+    runs = [read_run(folder, args.metric) for folder in begun]
     runs = [run for run in runs if run.curves]
     if not runs:
         fail(f"no run has a value of {args.metric}: no episode has ended")

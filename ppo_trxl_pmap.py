@@ -1454,13 +1454,19 @@ def check_env(env: Env, env_id: str) -> None:
 
 
 def join_processes(args: Args) -> Args:
-    """Makes this process one of several, if the flags or SLURM say so; only process 0 speaks."""
+    """Makes this process one of several, if the flags or srun say so; process 0 alone prints."""
     flags = args.coordinator_address, args.num_processes, args.process_id
-    if flags != (None, None, None) or os.environ.get("SLURM_NTASKS", "1") != "1":
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
+    if flags != (None, None, None) or tasks != "1":
+        host, _, port = (args.coordinator_address or "slurm:0").rpartition(":")
+        if not host or not port.isdigit():
+            fail(f"--coordinator-address must be HOST:PORT, not {args.coordinator_address}")
+        jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
         try:
             jax.distributed.initialize(*flags)
-        except (ValueError, IndexError) as error:
-            fail(f"give --coordinator-address HOST:PORT, --num-processes and --process-id: {error}")
+        except (ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            fail(f"give --coordinator-address, --num-processes and --process-id: {why}")
     changes = dict.fromkeys(["coordinator_address", "num_processes", "process_id"])
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -1482,6 +1488,8 @@ def share_run(args: Args) -> Path:
     folder = bytes(np.array(multihost_utils.broadcast_one_to_all(letters))).decode().rstrip()
     if not folder:
         raise refused
+    if not np.all(multihost_utils.process_allgather(np.array(Path(folder).is_dir()))):
+        fail(f"not all processes see {folder}: choose a --run-dir that they share")
     if jax.process_index() == 0:
         return Path(folder)
     own = Path(tempfile.mkdtemp())
@@ -1504,6 +1512,8 @@ def agree_on_signals(train: Callable, caught: list, agreed: list) -> Callable:
 
 def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
+    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
+        require(module)
     args = join_processes(args)
     check_args(args)
     use_compilation_cache()
@@ -1522,8 +1532,6 @@ def main(args: Args) -> Path:
         other = make(args.eval_env_id, 1, 0)
         if (other.obs_shape, other.action_size) != (env.obs_shape, env.action_size):
             fail(f"{args.eval_env_id} has other observations or actions than {args.env_id}")
-    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
-        require(module)
     run_dir = share_run(args)
     print(f"{args.env_id} -> {run_dir}", flush=True)
 

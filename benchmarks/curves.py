@@ -29,7 +29,7 @@ def curves_of(task: str) -> list[Curve]:
         own = [row for row in rows if row["seed"] == seed]
         columns = [[float(row[name]) for row in own] for name in ("step", "seconds", "return")]
         known = np.isfinite(columns[2])
-        curves.append(Curve(*(np.array(column)[known] for column in columns)))
+        curves.append(Curve(seed, *(np.array(column)[known] for column in columns)))
     return curves
 
 

@@ -90,7 +90,7 @@ PROGRAMS = {  # label: timing
 def main() -> None:
     if not (PEERS / "bin" / "python").exists():
         venv.create(PEERS, with_pip=True)
-        packages = ["sbx-rl==0.28.0", "gymnasium[box2d,classic-control,mujoco]"]
+        packages = ["sbx-rl==0.28.0", "gymnasium[box2d,classic-control,mujoco]<1.4"]
         subprocess.run(
             [PEERS / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True
         )

@@ -78,7 +78,7 @@ def main() -> None:
     ours, theirs, steps = TASKS[task]
     if not (SBX / "bin" / "python").exists():
         venv.create(SBX, with_pip=True)
-        packages = ["sbx-rl==0.28.0", "gymnasium[classic-control,mujoco]"]
+        packages = ["sbx-rl==0.28.0", "gymnasium[box2d,classic-control,mujoco]<1.4"]
         subprocess.run(
             [SBX / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True
         )

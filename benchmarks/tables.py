@@ -56,7 +56,7 @@ TABLES = {  # rows: name in the results, task, target of the timed launch
         ("rppo_continuous_pendulum", "Pendulum-v1 without velocity", None),
         (
             "rppo_continuous_mountaincar",
-            "MountainCarContinuous-v0 likewise, 8 steps an action",
+            "MountainCarContinuous-v0 without velocity (an action is 8 steps)",
             None,
         ),
         ("ppo_lstm_lunarlander", LANDER, None),
@@ -144,6 +144,8 @@ def of_program(name: str, program: str, column: str) -> float:
 
 def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
     """Ours beside theirs: seconds of the whole process and steps/s in steady state."""
+    if not rows_of(name):
+        return ""
     table = [f"| | {ours} | {label} | ratio |", "|---|---|---|---|"]
     for what, column in (
         ("whole process, s", "seconds"),
@@ -166,10 +168,10 @@ def cartpole_table() -> str:
     ]
     rows = rows_of("cartpole_speed")
     for size in dict.fromkeys(row["num_envs"] for row in rows):
-        own = [{k: float(v) for k, v in row.items()} for row in rows if row["num_envs"] == size]
+        own = [{k: float(v) for k, v in x.items() if v} for x in rows if x["num_envs"] == size]
         ours, theirs = [round(median(row[name] for row in own)) for name in ("ppo", "rejax")]
         ratio = median(row["ppo"] / row["rejax"] for row in own)
-        seeds = median(row["ppo"] / row["ppo_8_seeds"] for row in own)
+        seeds = median(x["ppo"] / x["ppo_8_seeds"] for x in own if "ppo_8_seeds" in x)
         table.append(f"| {size} | {ours:,} | {theirs:,} | {ratio:.2f} | {seeds:.1f} x one |")
     return "\n".join(table)
 

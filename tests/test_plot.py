@@ -100,12 +100,23 @@ def test_the_picture_has_a_row_for_each_task_and_names_each_line(tmp_path):
     ("flags", "hint"),
     [
         ("", "name the folders of runs"),
-        ("nowhere", "nowhere is no run: it needs a config.json and a metrics.csv"),
+        ("broken", "broken is no run: it needs a config.json and a metrics.csv"),
+        ("a b", "ppo.py has seed 1 twice; leave one of the runs out"),
         ("a --metric losses/nothing", "has no losses/nothing, but charts/episodic_return"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_status_2(tmp_path, flags, hint):
     make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    (make_run(tmp_path / "broken") / "config.json").write_text("{}")
     done = draw(*flags.split(), cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert hint in done.stderr and [x.name for x in tmp_path.iterdir()] == ["a"]
+    assert hint in done.stderr and {x.name for x in tmp_path.iterdir()} == {"a", "b", "broken"}
+
+
+def test_a_folder_in_which_nothing_has_begun_is_left_out(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "begun").mkdir()
+    done = draw("a", "begun", cwd=tmp_path)
+    assert done.returncode == 0 and "begun is left out" in done.stderr
+    assert "1 seeds of 1 runs" in done.stdout

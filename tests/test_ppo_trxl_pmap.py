@@ -187,6 +187,7 @@ def start_two(folder, *flags, slurm=False):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
+    # From the job's number JAX makes the port 61440 + number % 4096.
     job = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     started = []
     for number in range(2):
@@ -211,7 +212,7 @@ def wait_for(condition, processes, seconds=300):
 
 def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, start_processes):
     """A signal that one process catches lets both save and end; one of them writes; and the run goes on
-    with any number of devices and processes."""
+    from there, also its evaluation."""
     flags = [*FLAGS, "--no-anneal-lr"]
     started = start_processes(tmp_path, *flags, "--total-timesteps", 10**8, "--run-dir", "two")
     wait_for((tmp_path / "two" / "metrics.csv").exists, started)
@@ -232,8 +233,8 @@ def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, star
 
     last = rows(tmp_path / "two")[-1]
     flags = ["--resume", "two", "--total-timesteps", int(last["step"]) + 512]
-    done = run_on_devices(4, ppo_trxl_pmap.__file__, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    started = start_processes(tmp_path, *flags, slurm=True)[-2:]
+    assert [process.wait(250) for process in started] == [0, 0], (tmp_path / "log0").read_text()
     before, after = rows(tmp_path / "two")[-2:]
     assert before == last and int(after["step"]) == int(last["step"]) + 512
     assert float(after["charts/episodes"]) > float(last["charts/episodes"])
@@ -255,8 +256,8 @@ def test_a_process_that_dies_takes_the_other_along(tmp_path, start_processes):
     [
         (3, "", "--num-envs 1024 must be a multiple of the 3 devices"),
         (4, "--num-envs 4 --num-minibatches 4", "2 windows on each device"),
-        (1, "--process-id 1", "give --coordinator-address HOST:PORT, --num-processes and"),
-        (1, "--coordinator-address here", "give --coordinator-address HOST:PORT"),
+        (1, "--process-id 1", "give --coordinator-address, --num-processes and --process-id: "),
+        (1, "--coordinator-address here", "--coordinator-address must be HOST:PORT, not here"),
     ],
 )
 def test_devices_that_do_not_fit_are_one_clear_line_and_status_2(tmp_path, count, flags, hint):
@@ -269,8 +270,8 @@ def test_a_run_that_cannot_begin_ends_in_all_processes(tmp_path, start_processes
     """Only process 0 looks at the folder; the other hears of it."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    started = start_processes(tmp_path, *FLAGS, "--run-dir", "full", slurm=True)
-    assert [process.wait(100) for process in started] == [2, 2]
+    started = start_processes(tmp_path, *FLAGS, "--run-dir", "full")
+    assert [process.wait(250) for process in started] == [2, 2]
     assert "full is not empty" in (tmp_path / "log0").read_text()
     assert list((tmp_path / "full").iterdir()) == [tmp_path / "full" / "file"]
     assert os.listdir(tmp_path).count("runs") == 0
