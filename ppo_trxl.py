@@ -28,8 +28,9 @@ Details of PPO".
         --num-envs 1024 --embed-dim 256 --num-heads 8 --learning-rate 2e-4 --gamma 0.999 \
         --gae-lambda 0.8 --ent-coef 0.002 --max-grad-norm 1 --reward-scale 1
 
-Expected on CartPole-v1 without the velocities, on two CPU cores: greedy return 500 +- 0 after 500k
-steps (mean and std of 5 seeds, 100 episodes each; ppo.py: 43).
+Expected on two CPU cores (greedy return, mean and std of 5 seeds, 100 episodes each): CartPole-v1
+without the velocities 500 +- 0 after 500k steps (ppo.py: 43), MemoryChain 1 +- 0 after 500k steps,
+LunarLander-v3 282 +- 1 after 1M (flags in the README); in 45, 64 and 70 s (medians).
 
 Differs from ppo_lstm.py in: a Transformer-XL takes the place of the LSTM. It acts with cached keys and
 values, and learns in windows of steps, each with the memory as it was when the window began.

@@ -18,15 +18,17 @@
 """Proximal policy optimisation with a Transformer-XL memory on many devices and hosts, in one file.
 
 Schulman et al. 2017, arXiv:1707.06347 (loss: eq. 9); Dai et al. 2019, arXiv:1901.02860 (memory: section
-3.2, relative positions: 3.3); Parisotto et al. 2019, arXiv:1910.06764 (layers normalised first: 3.1).
-"detail N": the N-th core detail of Huang et al. 2022, "The 37 Implementation Details of PPO".
+3.2, relative positions: 3.3); Parisotto et al. 2019, arXiv:1910.06764 (layers normalised first: 3.1,
+without its ReLU). "detail N": the N-th core detail of Huang et al. 2022, "The 37 Implementation
+Details of PPO".
 
     python ppo_trxl_pmap.py                     # Craftax-Symbolic, on all devices of this machine
     srun python ppo_trxl_pmap.py                # in a SLURM job with one task for each GPU
     python ppo_trxl_pmap.py --coordinator-address HOST:9000 --num-processes 2 --process-id 0
                                                 # the first of two machines; on the other: 1
 
-Expected on Craftax-Symbolic: not yet measured. The training is that of ppo_trxl.py, as tests show.
+Expected on Craftax-Symbolic: not yet measured, for want of GPUs. A test holds memories, metrics and
+parameters of four devices to those that ppo_trxl.py computes on one.
 
 Differs from ppo_trxl.py in: the environments are shared out to the devices. Each device acts in its own
 and learns from their windows; what it learns, and the moments of the advantages, are averaged over

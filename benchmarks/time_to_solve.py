@@ -19,6 +19,8 @@ from math import inf, isnan
 from pathlib import Path
 from statistics import median
 
+from scores import LANDER_BY_LSTM, LANDER_BY_TRXL
+
 ROOT = Path(__file__).parent.parent
 TASKS = {  # name: script, flags with the target
     "ppo_lunarlander": ("ppo.py", "--target-return 200"),
@@ -27,6 +29,9 @@ TASKS = {  # name: script, flags with the target
     "impala_lunarlander": ("impala.py", "--target-return 200"),
     "ppo_continuous_pendulum": ("ppo_continuous.py", "--target-return -200"),
     "ppo_lstm_cartpole": ("ppo_lstm.py", "--target-return 475"),
+    "ppo_lstm_lunarlander": ("ppo_lstm.py", f"{LANDER_BY_LSTM} --target-return 200"),
+    "ppo_trxl_lunarlander": ("ppo_trxl.py", f"{LANDER_BY_TRXL} --target-return 200"),
+    "ppo_gtrxl_lunarlander": ("ppo_gtrxl.py", f"{LANDER_BY_TRXL} --target-return 200"),
 }
 SEEDS = range(1, 11)
 
