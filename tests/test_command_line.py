@@ -84,7 +84,7 @@ def last_checkpoint(run_dir):
 # --- A run and its files --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL_SCRIPTS)
+@pytest.mark.parametrize("name", [x for x in ALL_SCRIPTS if x != "ppo_trxl"])  # see ppo_gtrxl
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
     programs = {"XLA_FLAGS": "--xla_dump_to=hlo", "JAX_COMPILATION_CACHE_DIR": "cache"}
