@@ -11,10 +11,8 @@ import sys
 import textwrap
 import time
 
-import jax
-import numpy as np
 import pytest
-from probes import run_on_devices, small_args
+from probes import run_on_devices
 
 import ppo_trxl_pmap
 
@@ -122,21 +120,28 @@ def test_four_devices_learn_what_one_device_learns(tmp_path):
         assert state.acting.obs.sharding.shard_shape(state.acting.obs.shape)[0] == 4
     """
     four_devices(program, tmp_path)
-    args = small_args("ppo_trxl_pmap", num_envs=16, num_layers=1, num_minibatches=1)
-    init, train_iteration = ppo_trxl_pmap.make_train(args, env_of(args))
-    state = jax.jit(init)(jax.random.key(1))
-    loaded = ppo_trxl_pmap.load_checkpoint(tmp_path, state)
-    saved = np.load(tmp_path / "arrays.npz")
-    named = ppo_trxl_pmap.named_arrays(loaded._replace(key=jax.random.key_data(loaded.key)))
-    assert set(named) == set(saved)
-    for name, array in named.items():
-        np.testing.assert_array_equal(array, saved[name], err_msg=name)
-    _, metrics = jax.jit(train_iteration)(loaded)
-    assert np.isfinite(metrics["losses/value_loss"])
+    program = """
+        import pathlib, sys, jax, numpy as np, ppo_trxl_pmap
+        from probes import real_env, small_args
 
-
-def env_of(args):
-    return ppo_trxl_pmap.make_env("gymnax::CartPole-v1", args.num_envs)
+        size = 16 // jax.device_count()
+        args = small_args("ppo_trxl_pmap", num_envs=size, num_layers=1, num_minibatches=1)
+        env = real_env("ppo_trxl_pmap", num_envs=size)
+        init, train_iteration = ppo_trxl_pmap.make_train(args, env)
+        state = jax.jit(init)(jax.random.key(1))
+        state = ppo_trxl_pmap.load_checkpoint(pathlib.Path(sys.argv[1]), state)
+        saved, data = np.load(sys.argv[1] + "/arrays.npz"), jax.random.key_data(state.key)
+        named = ppo_trxl_pmap.named_arrays(state._replace(key=data))
+        assert set(named) == set(saved)
+        for name, array in named.items():
+            np.testing.assert_array_equal(array, saved[name], err_msg=name)
+        assert state.acting.obs.sharding.shard_shape(state.acting.obs.shape)[0] == size
+        _, metrics = jax.jit(train_iteration)(state)
+        assert np.isfinite(metrics["losses/value_loss"])
+    """
+    for count in (1, 2):
+        done = run_on_devices(count, "-c", textwrap.dedent(program), tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_minibatch_holds_two_collectives_and_the_rollout_none():
