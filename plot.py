@@ -122,16 +122,16 @@ def lines_of(runs: list[Run]) -> dict[str, list[Curve]]:
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """[S, N] over seeds -> [N], without the lowest and the highest quarter."""
+    """[..., S, N] over seeds -> [..., N], without the lowest and the highest quarter."""
     from scipy import stats
 
-    return stats.trim_mean(values, 0.25, axis=0)
+    return stats.trim_mean(values, 0.25, axis=-2)
 
 
 def bootstrap(values: np.ndarray, samples: int = 2_000) -> tuple[np.ndarray, np.ndarray]:
     """[S, N] -> the 95 % interval of the interquartile mean, seeds drawn with replacement, both [N]."""
     drawn = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
-    means = np.array([interquartile_mean(values[chosen]) for chosen in drawn])
+    means = interquartile_mean(values[drawn])  # [samples, N]
     return np.quantile(means, 0.025, axis=0), np.quantile(means, 0.975, axis=0)
 
 

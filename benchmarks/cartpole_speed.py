@@ -10,18 +10,16 @@ forward and twice that backward in each epoch) with the best large product that 
 Prints Markdown and writes benchmarks/results/cartpole_speed.csv.
 """
 
-import csv
-import os
 import subprocess
 import sys
 import time
-import venv
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-REJAX = ROOT / "benchmarks" / ".venv-rejax"
+from record import ROOT, python_of, without_xla_flags, write
+
+PACKAGES = ["rejax==0.1.3", "gymnax==0.0.9"]
 NUM_ENVS, ROUNDS, NUM_STEPS = (4, 64, 2048), 5, 128
 
 
@@ -114,18 +112,13 @@ def peak() -> float:
 
 def child(python: Path | str, what: str, num_envs: int = 0, num_seeds: int = 1) -> float:
     command = [python, __file__, what, str(num_envs), str(num_seeds)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = without_xla_flags()
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.split()[-1])
 
 
 def main() -> None:
-    rejax = REJAX / "bin" / "python"
-    if not rejax.exists():
-        venv.create(REJAX, with_pip=True)
-        subprocess.run(
-            [rejax, "-m", "pip", "install", "-q", "rejax==0.1.3", "gymnax==0.0.9"], check=True
-        )
+    rejax = python_of("rejax", PACKAGES)
     rows = []
     for num_envs in NUM_ENVS:
         for number in range(ROUNDS):
@@ -137,10 +130,7 @@ def main() -> None:
             )
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
-    with (ROOT / "benchmarks/results/cartpole_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("cartpole_speed", rows, peers=" ".join(PACKAGES))
     top = median(child(sys.executable, "peak") for _ in range(3))
     products = 2 * ((4 * 64 + 64 * 64 + 64 * 2) + (4 * 64 + 64 * 64 + 64))  # FLOP, both networks
     per_step = products * (1 + 4 * 3) / 1e9  # GFLOP

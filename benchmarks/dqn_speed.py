@@ -11,17 +11,14 @@ the larger layer's size, 128 x 120 x 84, which XLA runs on one core. Prints Mark
 benchmarks/results/dqn_speed.csv.
 """
 
-import csv
-import os
 import subprocess
 import sys
 import time
-import venv
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
-REJAX = ROOT / "benchmarks" / ".venv-rejax"
+from record import ROOT, python_of, without_xla_flags, write
+
+PACKAGES = ["rejax==0.1.3", "gymnax==0.0.9"]
 ROUNDS, STEPS = 3, 200_000
 
 
@@ -100,28 +97,20 @@ PROGRAMS = {
 
 
 def child(program: str) -> float:
-    python = REJAX / "bin" / "python" if program.startswith("rejax") else sys.executable
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    theirs = program.startswith("rejax")
+    python = python_of("rejax", PACKAGES) if theirs else sys.executable
+    environment = without_xla_flags()
     command = [python, __file__, program]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.split()[-1])
 
 
 def main() -> None:
-    if not (REJAX / "bin" / "python").exists():
-        venv.create(REJAX, with_pip=True)
-        packages = ["rejax==0.1.3", "gymnax==0.0.9"]
-        subprocess.run(
-            [REJAX / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True
-        )
     rows = []
     for number in range(ROUNDS):
         rows.append({"round": number} | {name: round(child(name)) for name in PROGRAMS})
         print(rows[-1], file=sys.stderr, flush=True)
-    with (ROOT / "benchmarks/results/dqn_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("dqn_speed", rows, peers=" ".join(PACKAGES))
     print("| program | steps/s (peak: GFLOP/s) |\n|---|---|")
     for name in PROGRAMS:
         print(f"| {name} | {median(row[name] for row in rows):,} |")

@@ -9,14 +9,13 @@ ppo_trxl.py: MemoryChain-bsuite, 64 environments, 128 steps, windows of 64, 2 la
 writes benchmarks/results/growth.csv and draws assets/growth.png.
 """
 
-import csv
 import os
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
+from record import ROOT, write
+
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
 
@@ -79,10 +78,7 @@ def main() -> None:
             print(rows[-1], file=sys.stderr, flush=True)
         speeds = [row["steps_per_second"] for row in rows if row["axis"] == name]
         print("| steps/s |", *[f"{x:,} |" for x in speeds], flush=True)
-    with (ROOT / "benchmarks/results/growth.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("growth", rows)
     figure = Figure(figsize=(12, 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(AXES)), AXES, strict=True):
         points = [(row["value"], row["steps_per_second"]) for row in rows if row["axis"] == name]

@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
 import envpool
 import numpy as np
+from record import ROOT, write
 from scores import HALFCHEETAH
 
-ROOT = Path(__file__).parent.parent
 NUM_ENVS, ROUNDS = 64, 3
 
 
@@ -51,10 +50,7 @@ def main() -> None:
     for number in range(ROUNDS):
         rows.append({"round": number, "raw": round(raw()), "training": round(training())})
         print(rows[-1], file=sys.stderr, flush=True)
-    with (ROOT / "benchmarks/results/halfcheetah_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("halfcheetah_speed", rows)
     ratio = median(row["training"] / row["raw"] for row in rows)
     simulator, script = [median(row[name] for row in rows) for name in ("raw", "training")]
     print("| HalfCheetah-v5, 64 environments | raw simulator | ppo_continuous.py | ratio |")

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from record import ROOT, write
 
-ROOT = Path(__file__).parent.parent
 LANDER = "--eval-env-id gymnasium::LunarLander-v3"
 HALFCHEETAH = (
     "--env-id envpool::HalfCheetah-v5 --num-envs 64 --num-steps 64 --num-minibatches 32 "
@@ -109,13 +109,6 @@ def score(script: str, flags: str, seed: int) -> tuple[dict, list[dict]]:
     return {"seed": seed} | values | last, curve
 
 
-def write(name: str, rows: list[dict]) -> None:
-    with (ROOT / "benchmarks" / "results" / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def run(task: str) -> None:
     script, flags, num_seeds, solved = TASKS[task]
     print(f"\n`python {script} {shlex.join(flags.split())}`\n")
@@ -130,8 +123,8 @@ def run(task: str) -> None:
     means = np.array([row["mean"] for row in rows])
     good = (means >= solved).sum()
     print(f"\n{means.mean():.1f} +- {means.std():.1f}; {good} of {len(means)} >= {solved}")
-    write(f"scores_{task}.csv", rows)
-    write(f"curves_{task}.csv", sum(curves, []))
+    write(f"scores_{task}", rows)
+    write(f"curves_{task}", sum(curves, []))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,19 @@ python benchmarks/tables.py           # prints them
 python benchmarks/tables.py --write   # puts them into README.md, between their marks
 """
 
-import csv
 import re
 import shlex
 import sys
 from math import inf, isnan
-from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import median
 
 import numpy as np
+from record import PACKAGES, ROOT, read
 from scores import TASKS
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from plot import bootstrap, interquartile_mean
 
-RESULTS = ROOT / "benchmarks" / "results"
 SCRIPTS = {
     "ppo": "proximal policy optimisation, discrete actions; the root of the collection",
     "ppo_continuous": "the same for continuous actions, with running normalisation by flag",
@@ -68,11 +65,6 @@ TABLES = {  # rows: name in the results, task, target of the timed launch
 }
 
 
-def rows_of(name: str) -> list[dict]:
-    path = RESULTS / f"{name}.csv"
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
 def lines_of(script: str) -> tuple[int, int]:
     """-> all lines, and those from the heading Networks to the heading Evaluation."""
     lines = (ROOT / f"{script}.py").read_text().splitlines()
@@ -101,23 +93,23 @@ def in_words(steps: int) -> str:
 
 def score_cells(name: str) -> list[str]:
     """Steps, mean and spread over seeds, interquartile mean with its interval, seeds at the bar."""
-    rows = rows_of(f"scores_{name}")
+    rows = read(f"scores_{name}")
     if not rows:
         return [""] * 4
-    means, bar = [float(row["mean"]) for row in rows], TASKS[name][3]
+    means, bar = np.array([float(row["mean"]) for row in rows]), TASKS[name][3]  # [S]
     steps = max(int(row.get("steps") or 1_000_000) for row in rows)
-    cells = [in_words(round(steps, -4)), f"{mean(means):.1f} ± {pstdev(means):.1f}"]
+    cells = [in_words(round(steps, -4)), f"{means.mean():.1f} ± {means.std():.1f}"]
     interval = ""
-    if len(means) >= 5 and pstdev(means) > 0:
-        low, high = bootstrap(np.array(means)[:, None])
+    if len(means) >= 5 and means.std() > 0:
+        low, high = bootstrap(means[:, None])
         interval = f" [{low[0]:.1f}, {high[0]:.1f}]"
-    cells.append(f"{interquartile_mean(np.array(means)):.1f}{interval}")
+    cells.append(f"{interquartile_mean(means[:, None])[0]:.1f}{interval}")
     good = f"{sum(x >= bar for x in means)} of {len(means)} ≥ {bar}"
     return [*cells, good if bar else f"{len(means)} seeds"]
 
 
 def launch_cell(name: str, target: str | None) -> str:
-    rows = rows_of(f"time_to_solve_{name}")
+    rows = read(f"time_to_solve_{name}")
     if not rows:
         return ""
     seconds = [float(row["seconds"]) for row in rows]
@@ -139,12 +131,12 @@ def results_table(rows: list[tuple]) -> str:
 
 def of_program(name: str, program: str, column: str) -> float:
     """The median over rounds."""
-    return median(float(x[column]) for x in rows_of(name) if x["program"] == program)
+    return median(float(x[column]) for x in read(name) if x["program"] == program)
 
 
 def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
     """Ours beside theirs: seconds of the whole process and steps/s in steady state."""
-    if not rows_of(name):
+    if not read(name):
         return ""
     table = [f"| | {ours} | {label} | ratio |", "|---|---|---|---|"]
     for what, column in (
@@ -152,7 +144,7 @@ def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
         ("steady state, steps/s", "steps_per_second"),
     ):
         pairs = [
-            [float(x[column]) for x in rows_of(name) if x["program"] == program]
+            [float(x[column]) for x in read(name) if x["program"] == program]
             for program in (ours, theirs)
         ]
         ratio = median(a / b for a, b in zip(*pairs, strict=True))
@@ -166,7 +158,7 @@ def cartpole_table() -> str:
         "| environments | ppo.py | rejax 0.1.3 | ratio | 8 seeds cost |",
         "|---|---|---|---|---|",
     ]
-    rows = rows_of("cartpole_speed")
+    rows = read("cartpole_speed")
     for size in dict.fromkeys(row["num_envs"] for row in rows):
         own = [{k: float(v) for k, v in x.items() if v} for x in rows if x["num_envs"] == size]
         ours, theirs = [round(median(row[name] for row in own)) for name in ("ppo", "rejax")]
@@ -177,7 +169,7 @@ def cartpole_table() -> str:
 
 
 def dqn_table() -> str:
-    rows = rows_of("dqn_speed")
+    rows = read("dqn_speed")
     middle = {name: median(float(row[name]) for row in rows) for name in rows[0]}
     ratio = median(float(x["ours_64_64_double"]) / float(x["rejax_64_64_double"]) for x in rows)
     return f"""| networks | dqn.py | rejax 0.1.3 | ratio |
@@ -190,7 +182,7 @@ def dqn_table() -> str:
 def trxl_table() -> str:
     table = ["| | steps/s | s per iteration | rollout, s | its share | rollout without cache, s |"]
     table.append("|---|---|---|---|---|---|")
-    rows = rows_of("trxl_speed")
+    rows = read("trxl_speed")
     for case in dict.fromkeys(row["case"] for row in rows):
         times = {}
         for row in rows:
@@ -205,14 +197,14 @@ def trxl_table() -> str:
 
 def programs_table(name: str) -> str:
     table = ["| | whole process, s | steady state, steps/s |", "|---|---|---|"]
-    for program in dict.fromkeys(row["program"] for row in rows_of(name)):
+    for program in dict.fromkeys(row["program"] for row in read(name)):
         seconds, speed = [of_program(name, program, x) for x in ("seconds", "steps_per_second")]
         table.append(f"| {program} | {seconds:.1f} | {speed:,.0f} |")
     return "\n".join(table)
 
 
 def growth_tables() -> str:
-    rows, tables = rows_of("growth"), []
+    rows, tables = read("growth"), []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         own = [row for row in rows if row["axis"] == axis]
         table = [
@@ -222,6 +214,26 @@ def growth_tables() -> str:
         speeds = [f"{int(row['steps_per_second']):,}" for row in own]
         tables.append("\n".join([*table, f"| steps/s | {' | '.join(speeds)} |"]))
     return "\n\n".join(tables)
+
+
+def phases_table() -> str:
+    """The phases of `python ppo.py`; the indented ones are parts of the one above them."""
+    rows = read("where_time_goes")
+    total = sum(float(row["seconds"]) for row in rows if not row["phase"].startswith(" "))
+    table = ["| phase of `python ppo.py` | seconds | share |", "|---|---|---|"]
+    for row in rows:
+        phase, seconds = row["phase"].replace("  of that: ", "... "), float(row["seconds"])
+        table.append(f"| {phase} | {seconds:.1f} | {100 * seconds / total:.0f} % |")
+    return "\n".join(table)
+
+
+def machines() -> str:
+    """What measured the raw results, one line for each machine and set of versions."""
+    found = {}
+    for row in read("measured"):
+        versions = " ".join(f"{name} {row[name]}," for name in ("python", *PACKAGES))
+        found.setdefault(f"- {row['machine']}: {versions.rstrip(',')}", []).append(row["file"])
+    return "\n".join(f"{line} ({len(files)} files)" for line, files in found.items())
 
 
 def commands() -> str:
@@ -240,6 +252,7 @@ def fill(text: str) -> str:
     tables |= {"scripts": scripts_table(), "commands": commands()}
     tables |= {"ppo speed": programs_table("ppo_speed"), "cartpole speed": cartpole_table()}
     tables |= {"dqn speed": dqn_table(), "trxl speed": trxl_table(), "growth": growth_tables()}
+    tables |= {"phases": phases_table(), "machines": machines()}
     for task in ("pendulum", "halfcheetah"):
         name = f"sac_speed_{task}"
         tables[name.replace("_", " ")] = two_programs(name, "sac.py", "sbx", "SBX")

@@ -7,7 +7,6 @@ Each seed is a process of its own, one after the other, with an empty compilatio
 compilation count. Prints a Markdown table and writes benchmarks/results/time_to_solve_<task>.csv.
 """
 
-import csv
 import os
 import platform
 import re
@@ -16,12 +15,11 @@ import sys
 import tempfile
 import time
 from math import inf, isnan
-from pathlib import Path
 from statistics import median
 
+from record import ROOT, write
 from scores import LANDER_BY_LSTM, LANDER_BY_TRXL
 
-ROOT = Path(__file__).parent.parent
 TASKS = {  # name: script, flags with the target
     "ppo_lunarlander": ("ppo.py", "--target-return 200"),
     "ppo_cartpole": ("ppo.py", "--env-id gymnax::CartPole-v1 --target-return 475"),
@@ -68,10 +66,7 @@ def run(task: str) -> None:
             for key in ("seconds", "steps")
         ]
         print(f"| {name} | {seconds:.2f} | {steps:,.0f} |")
-    with (ROOT / f"benchmarks/results/time_to_solve_{task}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(f"time_to_solve_{task}", rows)
 
 
 if __name__ == "__main__":

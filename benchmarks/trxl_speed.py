@@ -8,14 +8,13 @@ ppo_gtrxl.py. Steady state, after compilation; "without cache" is the same rollo
 In turns; prints Markdown and writes benchmarks/results/trxl_speed.csv.
 """
 
-import csv
 import os
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent
+from record import ROOT, write
+
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
 
@@ -101,10 +100,7 @@ def main() -> None:
             f"{rollout / iteration:.0%} | {8 * uncached:.1f} |",
             flush=True,
         )
-    with (ROOT / "benchmarks/results/trxl_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("trxl_speed", rows)
 
 
 if __name__ == "__main__":

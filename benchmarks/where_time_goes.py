@@ -7,14 +7,14 @@ cache. Simulating, acting and updating share one compiled program; their parts a
 of their own. Prints a Markdown table and writes benchmarks/results/where_time_goes.csv.
 """
 
-import csv
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from record import ROOT, write
+
 FOLDER = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = FOLDER.name
 sys.path.insert(0, str(ROOT))
@@ -93,7 +93,4 @@ for row in rows:
     print(f"| {row['phase']} | {row['seconds']:.2f} | {row['seconds'] / total:.0%} |")
 speed = args.num_iterations * args.batch_size / trained
 print(f"\ntotal {total:.1f} s; {speed:,.0f} steps/s; greedy return {np.mean(returns):.0f}")
-with (ROOT / "benchmarks/results/where_time_goes.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+write("where_time_goes", rows)

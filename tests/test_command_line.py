@@ -84,7 +84,7 @@ def last_checkpoint(run_dir):
 # --- A run and its files --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [x for x in ALL_SCRIPTS if x != "ppo_trxl"])  # see ppo_gtrxl
+@pytest.mark.parametrize("name", ["ppo", "a2c", "ppo_gtrxl", "ppo_trxl_pmap"])  # others: see below
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
     programs = {"XLA_FLAGS": "--xla_dump_to=hlo", "JAX_COMPILATION_CACHE_DIR": "cache"}
@@ -159,12 +159,18 @@ def wait_for(condition, process, seconds=120):
 )
 def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
     """N + M iterations equal N, SIGKILL, resume, M: bit for bit, metrics.csv and last state, with
-    statistics, replay buffer and the rollouts that actor threads have under way."""
-    script, module = SCRIPT.with_name(f"{name}.py"), importlib.import_module(name)
+    statistics, replay buffer and the rollouts that actor threads have under way. The script is alone in an
+    empty folder."""
+    script, module = tmp_path / "mine.py", importlib.import_module(name)
+    shutil.copy(SCRIPT.with_name(f"{name}.py"), script)
     flags = [*SHORT_RUNS[name], "--total-timesteps", 51_200, "--checkpoint-every", 10]
-    flags += ["--num-seeds", num_seeds, "--eval-episodes", 0]
+    flags += ["--num-seeds", num_seeds]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*flags, "--run-dir", whole, cwd=tmp_path, script=script).returncode == 0
+    done = run(*flags, "--run-dir", whole, cwd=tmp_path, script=script)
+    assert done.returncode == 0 and "greedy return over 5 episodes" in done.stdout, done.stderr
+    files = {"config.json", "metrics.csv", "learning_curve.png", "evaluation.json", "checkpoints"}
+    assert {path.name for path in whole.iterdir()} == files
+    assert {"charts/episodic_return", "charts/SPS", *module.LOSS_METRICS} <= set(rows(whole)[0])
 
     process = start(*flags, "--run-dir", killed, cwd=tmp_path, script=script)
     wait_for(lambda: last_checkpoint(killed) >= 20, process)
@@ -348,21 +354,26 @@ def test_bad_input_is_one_clear_line_and_status_2(name, flags, hint, tmp_path, m
     assert list(tmp_path.iterdir()) == []  # no folder of a run that never began
 
 
-def test_resume_of_what_does_not_fit(tmp_path):
+def test_resume_of_what_does_not_fit(tmp_path, monkeypatch, capfd):
     assert run(*SHORT, "--run-dir", "here", cwd=tmp_path).returncode == 0
     config = (tmp_path / "here" / "config.json").read_text()
+    monkeypatch.chdir(tmp_path)
 
-    def refused(*flags, script=SCRIPT):
-        done = run(*flags, cwd=tmp_path, script=script)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    def refused(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main(ppo.parse_args())
+        error = capfd.readouterr().err.strip()
+        assert stop.value.code == 2 and len(error.splitlines()) == 1, error
         assert (tmp_path / "here" / "config.json").read_text() == config  # nothing is lost
-        return done.stderr
+        return error
 
     assert "does not fit these flags" in refused("--resume", "here", "--hidden-size", 32)
     assert "cannot change --num-envs, which is 16" in refused("--resume", "here", "--num-envs", 32)
     assert "not empty" in refused(*SHORT, "--run-dir", "here")
-    shutil.copy(SCRIPT, tmp_path / "other.py")
-    assert "a run of ppo.py" in refused("--resume", "here", script=tmp_path / "other.py")
+    with monkeypatch.context() as renamed:
+        renamed.setattr(ppo, "__file__", "other.py")
+        assert "a run of ppo.py" in refused("--resume", "here")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text(config[:100])
     assert "no config.json of a run" in refused("--resume", "torn")

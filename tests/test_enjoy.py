@@ -5,17 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT
 from PIL import Image, ImageSequence
+
+import enjoy
+import ppo
 
 RUNS = {  # a memory and two seeds; a normaliser and Gymnasium; actors and EnvPool
     "ppo_lstm": "--env-id gymnax::CartPole-v1 --mask-obs 1 3 --num-envs 16 --num-steps 32 "
     "--num-minibatches 4 --num-seeds 2",
     "ppo_continuous": "--env-id gymnasium::Pendulum-v1 --num-envs 4 --num-steps 128 --norm-obs "
-    "--num-minibatches 4",
+    '--num-minibatches 4 --env-kwargs {"action_repeat":2}',
     "impala": "--env-id envpool::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",
 }
@@ -51,13 +56,21 @@ def test_the_returns_are_those_of_the_evaluation_and_an_episode_is_drawn(tmp_pat
     assert np.mean(moves) > 0.3
     if "CartPole" in RUNS[name]:  # a reward of 1 for each step, all of which are drawn
         assert abs(int(pictures) - float(total)) <= 1
+    if "Pendulum" in RUNS[name]:  # the steps within a repeated action too
+        assert int(pictures) == 200 + 1
 
 
-def test_bad_input_is_one_clear_line_and_status_2(tmp_path):
+def test_bad_input_is_one_clear_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ppo", ppo)  # enjoy.py loads its own; put this one back
+
     def refused(*flags):
-        done = run("enjoy.py", *flags, cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        return done.stderr
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            enjoy.main(tyro.cli(enjoy.Args, args=list(map(str, flags))))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+        return error
 
     flags = "--env-id gymnax::MemoryChain-bsuite --num-envs 4 --num-steps 16 --num-minibatches 4"
     flags = [*flags.split(), "--total-timesteps", 64, "--eval-episodes", 2, "--run-dir", "here"]
@@ -66,7 +79,7 @@ def test_bad_input_is_one_clear_line_and_status_2(tmp_path):
     assert "--seed 7 is not in this run, whose seeds are 1 to 1" in refused("here", "--seed", 7)
     assert "must end in .gif" in refused("here", "--out", "film.mov")
     assert "no pictures of MemoryChain-bsuite: --no-draw prints" in refused("here")
-    assert run("enjoy.py", "here", "--no-draw", cwd=tmp_path).returncode == 0
+    enjoy.main(enjoy.Args(Path("here"), draw=False))
     config = tmp_path / "here/config.json"
     config.write_text(config.read_text().replace('"ppo.py"', '"mine.py"'))
     assert "a run of mine.py: put that script beside enjoy.py" in refused("here")

@@ -1,12 +1,15 @@
 """What the README shows is what the files say."""
 
+import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import record
 import tables
 
 README = (ROOT / "README.md").read_text()
@@ -25,7 +28,20 @@ def test_a_number_that_was_changed_by_hand_is_noticed(old):
 
 def test_every_script_and_benchmark_is_listed():
     for path in [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
-        assert path.name in README, path.name
+        assert path.name in README or path.name == "record.py", path.name
+
+
+def test_every_raw_file_says_where_it_comes_from():
+    """measured.csv: its command names a benchmark and one of its tasks; versions and machine are there."""
+    rows = {row["file"]: row for row in record.read("measured")}
+    files = {path.name for path in record.RESULTS.glob("*.csv")}
+    assert set(rows) == files - {"measured.csv"}
+    for row in rows.values():
+        python, path, *words = row["command"].split()
+        assert python == "python" and (ROOT / path).is_file(), row
+        tasks = importlib.import_module(Path(path).stem) if words else None
+        assert not words or words[0] in getattr(tasks, "TASKS", {}) | getattr(tasks, "SCRIPTS", {})
+        assert all(row[name] for name in ("day", "machine", "python", *record.PACKAGES)), row
 
 
 def test_links_lead_somewhere_and_the_page_is_light():
