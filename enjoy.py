@@ -247,7 +247,7 @@ def record_envpool(script, args, state, seed, name):
         env = make_env(script, args, 1, seed)
 
     def draw(obs):
-        frames.append(pools[-1].render()[0].copy())
+        frames.append(pools[-1].render()[0])
         return np.asarray(obs)
 
     def step(key, env_state, action):

@@ -117,14 +117,23 @@ def launch_cell(name: str, target: str | None) -> str:
     return f"{target} in {median(seconds):.1f} s ({max(seconds):.1f})"
 
 
+def speed_cell(name: str) -> str:
+    rows = [row for row in read("steps_per_second") if row["task"] == name]
+    if not rows:
+        return ""
+    speed = median(int(row["steps_per_second"]) for row in rows)
+    return f"{round(speed, 2 - len(str(int(speed)))):,.0f}"  # two digits are what is certain
+
+
 def results_table(rows: list[tuple]) -> str:
     table = [
         "| script | task | steps | mean ± std over seeds | IQM [95 % interval] | seeds at the bar "
-        "| launch to target: median (worst) |",
-        "|---|---|---|---|---|---|---|",
+        "| launch to target: median (worst) | steps/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, task, target in rows:
-        cells = [f"{script_of(name)}.py", task, *score_cells(name), launch_cell(name, target)]
+        cells = [f"{script_of(name)}.py", task, *score_cells(name)]
+        cells += [launch_cell(name, target), speed_cell(name)]
         table.append(f"| {' | '.join(cells)} |".replace("-1", "−1").replace("v−1", "v-1"))
     return "\n".join(re.sub(r"(?<=[ \[≥])-(?=\d)", "−", line) for line in table)
 
