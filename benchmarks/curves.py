@@ -6,24 +6,21 @@ Reads benchmarks/results/curves_*.csv and draws assets/learning_curves.png: a th
 thick one for their interquartile mean.
 """
 
-import csv
 import sys
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from record import ROOT, read
 from scores import TASKS
-from tables import RESULTS, TABLES, script_of
+from tables import TABLES, script_of
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from plot import COLORS, Curve, summarize
 
 
 def curves_of(task: str) -> list[Curve]:
-    with (RESULTS / f"curves_{task}.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(f"curves_{task}")
     curves = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
         own = [row for row in rows if row["seed"] == seed]
@@ -35,7 +32,7 @@ def curves_of(task: str) -> list[Curve]:
 
 def main() -> None:
     rows = TABLES["results"] + TABLES["memory"]
-    rows = [row for row in rows if (RESULTS / f"curves_{row[0]}.csv").exists()]
+    rows = [row for row in rows if read(f"curves_{row[0]}")]
     columns = 4
     figure = Figure(figsize=(13, 2.2 * -(-len(rows) // columns)), layout="constrained")
     grid = figure.subplots(-(-len(rows) // columns), columns, squeeze=False).flat

@@ -18,7 +18,6 @@ from statistics import median
 
 from record import ROOT, python_of, without_xla_flags, write
 
-PACKAGES = ["rejax==0.1.3", "gymnax==0.0.9"]
 ROUNDS, STEPS = 3, 200_000
 
 
@@ -98,7 +97,7 @@ PROGRAMS = {
 
 def child(program: str) -> float:
     theirs = program.startswith("rejax")
-    python = python_of("rejax", PACKAGES) if theirs else sys.executable
+    python = python_of("rejax") if theirs else sys.executable
     environment = without_xla_flags()
     command = [python, __file__, program]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -110,7 +109,7 @@ def main() -> None:
     for number in range(ROUNDS):
         rows.append({"round": number} | {name: round(child(name)) for name in PROGRAMS})
         print(rows[-1], file=sys.stderr, flush=True)
-    write("dqn_speed", rows, peers=" ".join(PACKAGES))
+    write("dqn_speed", rows, peers="rejax")
     print("| program | steps/s (peak: GFLOP/s) |\n|---|---|")
     for name in PROGRAMS:
         print(f"| {name} | {median(row[name] for row in rows):,} |")

@@ -32,8 +32,6 @@ from statistics import median
 from record import ROOT, python_of, without_xla_flags, write
 
 ROUNDS = 3
-SBX = ["sbx-rl==0.28.0", "stable-baselines3==2.9.2", "gymnasium[box2d,classic-control,mujoco]<1.4"]
-MEMORAX = ["memorax==1.0.1", "gymnax==0.0.9"]  # it expects the steps of this gymnax
 
 CLOCK_OF_SB3 = """
 import sys, time
@@ -96,9 +94,9 @@ print(0.5 * steps / (times[-1] - times[1]))  # the second call compiles once mor
 """
 
 
-def peer(name: str, packages: list[str], program: str, words: list[str], steps: int) -> tuple:
+def peer(name: str, program: str, words: list[str], steps: int) -> tuple:
     """-> seconds of the whole process, steps/s in steady state (its last word)."""
-    command = [python_of(name, packages), "-c", program, str(steps), *words]
+    command = [python_of(name), "-c", program, str(steps), *words]
     environment, start = without_xla_flags(), time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return time.perf_counter() - start, float(done.stdout.split()[-1])
@@ -125,46 +123,46 @@ RPPO = (
     "--num-minibatches 8 --update-epochs 4"
 )
 sb3 = lambda body: CLOCK_OF_SB3 + body + END_OF_SB3
-TASKS = {  # name: steps, packages of the peers, programs
+TASKS = {  # name: steps, virtual environment of the peers, programs
     "ppo_speed": (
         131_072,
-        SBX,
+        "sbx",
         {
             "ppo.py, EnvPool": partial(ours, "ppo.py", f"{PPO} envpool::LunarLander-v3"),
             "ppo.py, Gymnasium": partial(ours, "ppo.py", f"{PPO} gymnasium::LunarLander-v3"),
-            "SBX, Gymnasium": partial(peer, "sbx", SBX, sb3(PPO_OF_SB3), ["sbx"]),
-            "Stable-Baselines3, Gymnasium": partial(peer, "sbx", SBX, sb3(PPO_OF_SB3), ["sb3"]),
+            "SBX, Gymnasium": partial(peer, "sbx", sb3(PPO_OF_SB3), ["sbx"]),
+            "Stable-Baselines3, Gymnasium": partial(peer, "sbx", sb3(PPO_OF_SB3), ["sb3"]),
         },
     ),
     "sac_speed_pendulum": (
         20_000,
-        SBX,
+        "sbx",
         {
             "sac.py": partial(ours, "sac.py", "--env-id gymnax::Pendulum-v1"),
-            "sbx": partial(peer, "sbx", SBX, sb3(SAC_OF_SBX), ["Pendulum-v1"]),
+            "sbx": partial(peer, "sbx", sb3(SAC_OF_SBX), ["Pendulum-v1"]),
         },
     ),
     "sac_speed_halfcheetah": (
         10_000,
-        SBX,
+        "sbx",
         {
             "sac.py": partial(ours, "sac.py", "--env-id envpool::HalfCheetah-v5"),
-            "sbx": partial(peer, "sbx", SBX, sb3(SAC_OF_SBX), ["HalfCheetah-v5"]),
+            "sbx": partial(peer, "sbx", sb3(SAC_OF_SBX), ["HalfCheetah-v5"]),
         },
     ),
     "recurrent_speed": (
         393_216,
-        MEMORAX,
+        "memorax",
         {
             "rppo_continuous.py": partial(ours, "rppo_continuous.py", RPPO),
-            "memorax": partial(peer, "memorax", MEMORAX, PPO_OF_MEMORAX, []),
+            "memorax": partial(peer, "memorax", PPO_OF_MEMORAX, []),
         },
     ),
 }
 
 
 def run(task: str) -> None:
-    steps, packages, programs = TASKS[task]
+    steps, peers, programs = TASKS[task]
     rows = []
     for number in range(ROUNDS):
         for name, timing in programs.items():
@@ -172,7 +170,7 @@ def run(task: str) -> None:
             row = {"round": number, "program": name, "seconds": round(seconds, 2)}
             rows.append(row | {"steps_per_second": round(speed, 1)})
             print(rows[-1], file=sys.stderr, flush=True)
-    write(task, rows, peers=" ".join(packages))
+        write(task, rows, peers)
     print(f"| {task}, {steps:,} steps | whole process, s | steady state, steps/s |\n|---|---|---|")
     for name in programs:
         own = [row for row in rows if row["program"] == name]

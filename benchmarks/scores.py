@@ -120,11 +120,11 @@ def run(task: str) -> None:
         if seed == 1:
             print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
+        write(f"scores_{task}", rows)
+        write(f"curves_{task}", sum(curves, []))
     means = np.array([row["mean"] for row in rows])
     good = (means >= solved).sum()
     print(f"\n{means.mean():.1f} +- {means.std():.1f}; {good} of {len(means)} >= {solved}")
-    write(f"scores_{task}", rows)
-    write(f"curves_{task}", sum(curves, []))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from record import ROOT, read, write
+from record import ROOT, read, without_xla_flags, write
 from scores import TASKS as SCORED
 
 TASKS = {name: (script, flags) for name, (script, flags, *_) in SCORED.items()}
@@ -38,7 +38,8 @@ def speed(script: str, flags: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, ROOT / script, *flags.split(), "--eval-episodes", "0"]
-        process = subprocess.Popen([*command, "--run-dir", run_dir], stdout=subprocess.DEVNULL)
+        options = {"stdout": subprocess.DEVNULL, "env": without_xla_flags()}
+        process = subprocess.Popen([*command, "--run-dir", run_dir], **options)
         while process.poll() is None:
             if (run_dir / "metrics.csv").exists():
                 try:
@@ -63,7 +64,7 @@ def main(tasks: list[str]) -> None:
             row = {"task": task, "round": number}
             rows.append(row | {"steps_per_second": round(speed(*TASKS[task]))})
             print(rows[-1], file=sys.stderr, flush=True)
-    write("steps_per_second", rows)
+        write("steps_per_second", rows)
     print("| task | steps/s |\n|---|---|")
     for task in tasks:
         speeds = [row["steps_per_second"] for row in rows if row["task"] == task]

@@ -11,6 +11,7 @@ from math import inf, isnan
 from statistics import median
 
 import numpy as np
+from cartpole_speed import GFLOP_PER_STEP
 from record import PACKAGES, ROOT, read
 from scores import TASKS
 
@@ -134,7 +135,7 @@ def results_table(rows: list[tuple]) -> str:
     for name, task, target in rows:
         cells = [f"{script_of(name)}.py", task, *score_cells(name)]
         cells += [launch_cell(name, target), speed_cell(name)]
-        table.append(f"| {' | '.join(cells)} |".replace("-1", "−1").replace("v−1", "v-1"))
+        table.append(f"| {' | '.join(cells)} |")
     return "\n".join(re.sub(r"(?<=[ \[≥])-(?=\d)", "−", line) for line in table)
 
 
@@ -164,8 +165,8 @@ def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
 
 def cartpole_table() -> str:
     table = [
-        "| environments | ppo.py | rejax 0.1.3 | ratio | 8 seeds cost |",
-        "|---|---|---|---|---|",
+        "| environments | ppo.py | share of the peak | rejax 0.1.3 | ratio | with our XLA flag | 8 seeds cost |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = read("cartpole_speed")
     for size in dict.fromkeys(row["num_envs"] for row in rows):
@@ -173,7 +174,12 @@ def cartpole_table() -> str:
         ours, theirs = [round(median(row[name] for row in own)) for name in ("ppo", "rejax")]
         ratio = median(row["ppo"] / row["rejax"] for row in own)
         seeds = median(x["ppo"] / x["ppo_8_seeds"] for x in own if "ppo_8_seeds" in x)
-        table.append(f"| {size} | {ours:,} | {theirs:,} | {ratio:.2f} | {seeds:.1f} x one |")
+        alike, share = "", ""
+        if all("rejax_same_flag" in row for row in own):
+            alike = f"{median(row['ppo'] / row['rejax_same_flag'] for row in own):.2f}"
+            share = f"{100 * ours * GFLOP_PER_STEP / own[0]['peak_gflops']:.0f} %"
+        cells = [f"{ours:,}", share, f"{theirs:,}", f"{ratio:.2f}", alike]
+        table.append(f"| {size} | {' | '.join(cells)} | {seeds:.1f} x one |")
     return "\n".join(table)
 
 
@@ -188,8 +194,19 @@ def dqn_table() -> str:
 | 120 x 84 (PureJaxRL's configuration) | {middle["ours_120_84"]:,.0f} | | |"""
 
 
+def halfcheetah_table() -> str:
+    rows = read("halfcheetah_speed")
+    raw, training = [median(int(row[name]) for row in rows) for name in ("raw", "training")]
+    ratio = median(int(row["training"]) / int(row["raw"]) for row in rows)
+    return f"""| the simulator alone | while training | ratio |
+|---|---|---|
+| {raw:,.0f} | {training:,.0f} | {ratio:.2f} |"""
+
+
 def trxl_table() -> str:
-    table = ["| | steps/s | s per iteration | rollout, s | its share | rollout without cache, s |"]
+    table = [
+        "| | steps/s | s per iteration | rollout, s | its share | rollout without cache, s (8 x 16 steps) |"
+    ]
     table.append("|---|---|---|---|---|---|")
     rows = read("trxl_speed")
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -226,9 +243,13 @@ def growth_tables() -> str:
 
 
 def phases_table() -> str:
-    """The phases of `python ppo.py`; the indented ones are parts of the one above them."""
+    """The phases of `python ppo.py`; simulating, acting and updating are parts of training."""
     rows = read("where_time_goes")
-    total = sum(float(row["seconds"]) for row in rows if not row["phase"].startswith(" "))
+    parts = [row for row in rows if row["phase"].startswith(" ")]
+    rows = [row for row in rows if row not in parts]
+    total = sum(float(row["seconds"]) for row in rows)
+    train = 1 + next(n for n, row in enumerate(rows) if row["phase"] == "train")
+    rows[train:train] = parts
     table = ["| phase of `python ppo.py` | seconds | share |", "|---|---|---|"]
     for row in rows:
         phase, seconds = row["phase"].replace("  of that: ", "... "), float(row["seconds"])
@@ -262,6 +283,7 @@ def fill(text: str) -> str:
     tables |= {"ppo speed": programs_table("ppo_speed"), "cartpole speed": cartpole_table()}
     tables |= {"dqn speed": dqn_table(), "trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
+    tables |= {"halfcheetah speed": halfcheetah_table()}
     for task in ("pendulum", "halfcheetah"):
         name = f"sac_speed_{task}"
         tables[name.replace("_", " ")] = two_programs(name, "sac.py", "sbx", "SBX")

@@ -7,7 +7,6 @@ Each seed is a process of its own, one after the other, with an empty compilatio
 compilation count. Prints a Markdown table and writes benchmarks/results/time_to_solve_<task>.csv.
 """
 
-import os
 import platform
 import re
 import subprocess
@@ -17,7 +16,7 @@ import time
 from math import inf, isnan
 from statistics import median
 
-from record import ROOT, write
+from record import ROOT, without_xla_flags, write
 from scores import LANDER_BY_LSTM, LANDER_BY_TRXL
 
 TASKS = {  # name: script, flags with the target
@@ -39,7 +38,7 @@ def solve(script: str, flags: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / script, *flags.split(), "--seed", str(seed)]
         command += ["--eval-episodes", "0", "--run-dir", f"{folder}/run"]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        environment = without_xla_flags() | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         start = time.time()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         result = {"seed": seed, "seconds": float("nan"), "steps": float("nan")}
@@ -59,6 +58,7 @@ def run(task: str) -> None:
     for seed in SEEDS:
         rows.append(solve(script, flags, seed))
         print("| {seed} | {seconds} | {steps:,} |".format(**rows[-1]), flush=True)
+        write(f"time_to_solve_{task}", rows)
     for name, pick in [("median", median), ("worst", max)]:
         # A seed that missed the target took longer than any that did not.
         seconds, steps = [
@@ -66,7 +66,6 @@ def run(task: str) -> None:
             for key in ("seconds", "steps")
         ]
         print(f"| {name} | {seconds:.2f} | {steps:,.0f} |")
-    write(f"time_to_solve_{task}", rows)
 
 
 if __name__ == "__main__":
