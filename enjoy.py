@@ -119,13 +119,12 @@ def load_state(script: Any, args: Any, run: Path, seed: int) -> Any:
     return jax.tree.map(off_the_mesh, state)
 
 
-def play(script: Any, state: Any, env: Any, seed: int) -> np.ndarray:
-    """Greedy returns, one for each environment."""
+def play(script: Any, state: Any, env: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plays a greedy episode in each environment -> returns, lengths, both [B]."""
     import jax
 
-    returns, lengths = jax.jit(lambda state: script.evaluate(state, env, jax.random.key(seed)))(
-        state
-    )
+    evaluate = jax.jit(lambda state: script.evaluate(state, env, jax.random.key(seed)))
+    returns, lengths = evaluate(state)
     return np.asarray(returns), np.asarray(lengths)
 
 

@@ -74,6 +74,11 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def count(number: int, what: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def read_run(folder: Path, metric: str) -> Run:
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -164,7 +169,7 @@ def draw(runs: list[Run], args: Args) -> None:
                 x, middle, low, high = summarize(curves, axis)
                 style = {"color": COLORS[number % len(COLORS)], "ls": DASHES[number % len(DASHES)]}
                 style |= {"marker": MARKERS[number % len(MARKERS)], "markevery": POINTS // 8}
-                name = f"{label} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+                name = f"{label} ({count(len(curves), 'seed')})"
                 axes.plot(x, middle, label=name, markersize=4, linewidth=1.5, **style)
                 if len(curves) > 1:
                     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -194,8 +199,8 @@ def main(args: Args) -> None:
     if not runs:
         fail(f"no run has a value of {args.metric}: no episode has ended")
     draw(runs, args)
-    number = sum(len(run.curves) for run in runs)
-    print(f"{args.out}.png and {args.out}.svg: {number} seeds of {len(runs)} runs")
+    seeds = count(sum(len(run.curves) for run in runs), "seed")
+    print(f"{args.out}.png and {args.out}.svg: {seeds} of {count(len(runs), 'run')}")
 
 
 if __name__ == "__main__":

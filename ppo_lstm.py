@@ -259,7 +259,9 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
             cut.any(),
-            lambda: jnp.where(cut, agent.step(memory, timestep.next_obs, cut & False)[2], 0.0),
+            lambda: jnp.where(
+                cut, agent.step(memory, timestep.next_obs, jnp.zeros_like(cut))[2], 0.0
+            ),
             lambda: jnp.zeros_like(value),
         )
         done = timestep.terminated | timestep.truncated
@@ -364,6 +366,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
+        # Unrolled before the first rollout, this gives a carry that the reset of acting clears.
         repeat = lambda x: jnp.broadcast_to(x, (args.num_steps, *x.shape))
         past = (memory, repeat(obs), repeat(reset)) if args.recompute_carries else None
         acting = Acting(env_state, obs, reset, memory)
@@ -408,9 +411,9 @@ def update(agent, opt_state, tx, learning_rate, memory, past, data, key, args: A
 
     def minibatch_step(carry, indices, memory):
         agent, opt_state = carry
-        memory = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
+        start = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
         minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [T, S, ...]
-        grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, memory, *minibatch, args)
+        grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, start, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics

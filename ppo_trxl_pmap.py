@@ -454,7 +454,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
         final_value = jax.lax.cond(
             cut.any(),
             lambda: jnp.where(
-                cut, agent.cached_step(cache, timestep.next_obs, cut & False)[3], 0.0
+                cut, agent.cached_step(cache, timestep.next_obs, jnp.zeros_like(cut))[3], 0.0
             ),
             lambda: jnp.zeros_like(value),
         )

@@ -20,8 +20,8 @@
 Schulman et al. 2017, arXiv:1707.06347 (clipped surrogate: eq. 7, loss: eq. 9); Hochreiter and
 Schmidhuber 1997, "Long Short-Term Memory"; Kapturowski et al. 2019, "Recurrent Experience Replay in
 Distributed Reinforcement Learning" (stored carries and burn-in: section 3). "detail N" and "detail cN":
-the N-th core detail, and for continuous actions, of Huang et al. 2022, "The 37 Implementation Details
-of PPO".
+the N-th core detail and the N-th for continuous actions of Huang et al. 2022, "The 37 Implementation
+Details of PPO".
 
     python rppo_continuous.py                                    # Pendulum-v1 without the velocity
     python rppo_continuous.py --burn-in 8 --recompute-advantages
@@ -34,7 +34,8 @@ are clipped on their way to the simulator and nowhere else; rollouts are cut int
 the carry that acting had at its start.
 
 Differs from the papers as ppo.py does: annealing, clipped gradient norm, normalised advantages,
-scaled rewards, and a time limit is not taken for the end of the task (arXiv:1712.00378).
+scaled rewards, and a time limit is not taken for the end of the task (arXiv:1712.00378). Sequences do not
+overlap as R2D2's do, so the steps that burn a carry in are not learned from.
 """
 
 import os
@@ -300,7 +301,7 @@ def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
     """
     return jax.lax.cond(
         cut.any(),
-        lambda: jnp.where(cut, agent.step(memory, next_obs, cut & False)[2], 0.0),
+        lambda: jnp.where(cut, agent.step(memory, next_obs, jnp.zeros_like(cut))[2], 0.0),
         lambda: jnp.zeros(cut.shape),
     )
 
@@ -465,9 +466,9 @@ def update(agent, opt_state, tx, learning_rate, batch, acting, key, args: Args):
 
     def minibatch_step(carry, indices, memory, data):
         agent, opt_state = carry
-        memory = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
+        start = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
         minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, S, ...]
-        grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, memory, *minibatch, args)
+        grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, start, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics

@@ -119,4 +119,4 @@ def test_a_folder_in_which_nothing_has_begun_is_left_out(tmp_path):
     (tmp_path / "begun").mkdir()
     done = draw("a", "begun", cwd=tmp_path)
     assert done.returncode == 0 and "begun is left out" in done.stderr
-    assert "1 seeds of 1 runs" in done.stdout
+    assert "1 seed of 1 run" in done.stdout
