@@ -32,8 +32,9 @@ Differs from ppo.py in: the loss (no ratio, no clipping), and one gradient step 
 instead of epochs of minibatches, so the rollouts are small.
 
 Differs from the paper: the environments wait for each other, generalised advantage estimation takes
-the place of n-step returns and Adam that of RMSProp, the step size is annealed, the gradient norm clipped, advantages are normalised, rewards are scaled,
-and a time limit is not taken for the end of the task (arXiv:1712.00378).
+the place of n-step returns and Adam that of RMSProp, the step size is annealed, the gradient norm
+clipped, advantages are normalised, rewards are scaled, and a time limit is not taken for the end of
+the task (arXiv:1712.00378).
 """
 
 import os

@@ -17,8 +17,8 @@
 # ///
 """Deep Q-network, double by default, in one file.
 
-Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518, algorithm 1;
-van Hasselt et al. 2015, arXiv:1509.06461, eq. 4 (double Q-learning).
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518, algorithm
+1; van Hasselt et al. 2015, arXiv:1509.06461, eq. 4 (double Q-learning).
 
     python dqn.py                                               # CartPole-v1
     python dqn.py --num-seeds 8                                 # eight seeds in one program
@@ -32,7 +32,8 @@ and after each step takes the gradient steps that are due: one per --train-frequ
 steps, however many environments there are. The buffer is part of the training state.
 
 Differs from the paper: double Q-learning, orthogonal weights, Adam with an annealed step size,
-errors are not clipped, several environments at once, and a time limit is not taken for the end of the task (arXiv:1712.00378).
+errors are not clipped, several environments at once, and a time limit is not taken for the end of
+the task (arXiv:1712.00378).
 """
 
 import os

@@ -26,7 +26,8 @@ Cleanba, Huang et al. 2023, arXiv:2310.00036 (queues of length one).
     python impala.py --num-envs 12 --actor-device-ids 0 --learner-device-ids 1 2 3     # four GPUs
 
 Expected, on two CPU cores: greedy return 221 +- 31 after 1.5M steps (mean and std of 6 seeds, 100
-episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 18 s after the launch (median).
+episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 18 s after the launch
+(median).
 
 While the learner updates on one batch, the actors play the next with the agent from before that
 update: one update behind, always, so that a seed determines the run for any number of threads.
@@ -34,9 +35,9 @@ update: one update behind, always, so that a seed determines the run for any num
 Differs from ppo.py in: acting and learning overlap; the loss is a policy gradient in which V-trace
 makes up for the actors' older policy; one pass over the batch.
 
-Differs from the paper: the lag is fixed, Adam takes the place of RMSProp, advantages are normalised,
-losses are means, rewards are scaled, and a time limit is not taken for the end of the task
-(arXiv:1712.00378).
+Differs from the paper: the lag is fixed, Adam takes the place of RMSProp, advantages are
+normalised, losses are means, rewards are scaled, and a time limit is not taken for the end of the
+task (arXiv:1712.00378).
 """
 
 import os

@@ -7,14 +7,16 @@
 #   "tyro>=1.0,<1.1",
 # ]
 # ///
-"""Learning curves of many runs, over steps and over seconds: a row for each task, a line for each script.
+"""Learning curves of many runs, over steps and over seconds: a row for each task, a line for each
+script.
 
     python plot.py runs/*                                     # learning_curves.png and .svg
     python plot.py runs/ppo__* --out ppo --metric losses/entropy
 
-A line is the interquartile mean over seeds, its band the 95 % bootstrap interval (arXiv:2108.13264).
-Runs of the same script and task that differ in flags have lines of their own, named after what differs. A
-line ends where the first of its seeds ends: an average over those that are left would be another one.
+A line is the interquartile mean over seeds, its band the 95 % bootstrap interval
+(arXiv:2108.13264). Runs of the same script and task that differ in flags have lines of their own,
+named after what differs. A line ends where the first of its seeds ends: an average over those that
+are left would be another one.
 """
 
 import csv

@@ -2,13 +2,13 @@
 
     python benchmarks/cartpole_speed.py
 
-64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k steps per timing. The two take
-turns, each in a process of its own that compiles first; rejax lives in a virtual environment that
-this script makes (benchmarks/.venv-rejax), and runs as it is and with the XLA flag that ppo.py sets for
-itself. Eight seeds at once are timed against one. The share of
-the peak compares the arithmetic of the matrix products of the networks (forward in the rollout,
-forward and twice that backward in each epoch) with the best large product that JAX reaches here.
-Prints Markdown and writes benchmarks/results/cartpole_speed.csv.
+64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k steps per timing. The two
+take turns, each in a process of its own that compiles first; rejax lives in a virtual environment
+that this script makes (benchmarks/.venv-rejax), and runs as it is and with the XLA flag that ppo.py
+sets for itself. Eight seeds at once are timed against one. The share of the peak compares the
+arithmetic of the matrix products of the networks (forward in the rollout, forward and twice that
+backward in each epoch) with the best large product that JAX reaches here. Prints Markdown and
+writes benchmarks/results/cartpole_speed.csv.
 """
 
 import subprocess

@@ -2,8 +2,8 @@
 
     python benchmarks/curves.py
 
-Reads benchmarks/results/curves_*.csv and draws assets/learning_curves.png: a thin line for each seed, a
-thick one for their interquartile mean.
+Reads benchmarks/results/curves_*.csv and draws assets/learning_curves.png: a thin line for each
+seed, a thick one for their interquartile mean.
 """
 
 import sys

@@ -3,9 +3,9 @@
     python benchmarks/dqn_speed.py
 
 10 environments, a gradient step on 128 transitions for each 10 steps, a buffer of 10,000. Beside
-rejax: 64 x 64 networks (rejax has no others), double Q-learning. In PureJaxRL's configuration: 120 x
-84, no double Q-learning; PureJaxRL is in no package index, so it is not run here. The programs take
-turns, each in a process of its own that compiles and warms up first; rejax lives in a virtual
+rejax: 64 x 64 networks (rejax has no others), double Q-learning. In PureJaxRL's configuration: 120
+x 84, no double Q-learning; PureJaxRL is in no package index, so it is not run here. The programs
+take turns, each in a process of its own that compiles and warms up first; rejax lives in a virtual
 environment that this script makes (benchmarks/.venv-rejax). The peak is that of a matrix product of
 the larger layer's size, 128 x 120 x 84, which XLA runs on one core. Prints Markdown and writes
 benchmarks/results/dqn_speed.csv.

@@ -1,12 +1,13 @@
-"""How training speed grows: with environments, seeds, width of the networks and length of the memory.
+"""How training speed grows: with environments, seeds, width of the networks and length of the
+memory.
 
     python benchmarks/growth.py
 
-Steps/s of whole iterations (acting and learning) in steady state, after compilation, medians of five calls in
-one process. ppo.py: CartPole-v1 in gymnax, 128 steps, 4 epochs of 4 minibatches, 64 environments and
-64 x 64 networks unless they are what grows (seeds: 16 environments each; all of them count).
-ppo_trxl.py: MemoryChain-bsuite, 64 environments, 128 steps, windows of 64, 2 layers of 64. Prints Markdown,
-writes benchmarks/results/growth.csv and draws assets/growth.png.
+Steps/s of whole iterations (acting and learning) in steady state, after compilation, medians of
+five calls in one process. ppo.py: CartPole-v1 in gymnax, 128 steps, 4 epochs of 4 minibatches, 64
+environments and 64 x 64 networks unless they are what grows (seeds: 16 environments each; all of
+them count). ppo_trxl.py: MemoryChain-bsuite, 64 environments, 128 steps, windows of 64, 2 layers of
+64. Prints Markdown, writes benchmarks/results/growth.csv and draws assets/growth.png.
 """
 
 import os

@@ -2,10 +2,10 @@
 
     python benchmarks/halfcheetah_speed.py
 
-EnvPool's HalfCheetah-v5, 64 environments. Raw: a Python loop that steps the pool with random actions.
-Training: `python ppo_continuous.py` with normalisation, 10 epochs of 32 minibatches (the flags stand
-in scores.py), charts/SPS at the end.
-The two take turns. Prints Markdown and writes benchmarks/results/halfcheetah_speed.csv.
+EnvPool's HalfCheetah-v5, 64 environments. Raw: a Python loop that steps the pool with random
+actions. Training: `python ppo_continuous.py` with normalisation, 10 epochs of 32 minibatches (the
+flags stand in scores.py), charts/SPS at the end. The two take turns. Prints Markdown and writes
+benchmarks/results/halfcheetah_speed.csv.
 """
 
 import csv

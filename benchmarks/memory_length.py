@@ -3,11 +3,12 @@
     python benchmarks/memory_length.py                  # all scripts and lengths, some hours
     python benchmarks/memory_length.py ppo_lstm 8 32    # some lengths of one script
 
-The bit is in the first two observations, and the action after `length` steps is to name it: reward 1, or
--1. Guessing is right half of the time. Every script gets 2,500 episodes or 164k steps, whichever is more. The
-two Transformers remember as many steps as the chain has; the LSTM's gradient goes back over the 128 steps of
-a rollout. Five seeds; greedy, 100 episodes after the whole run. Prints Markdown, replaces the rows of what was
-run in benchmarks/results/memory_length.csv and draws assets/memory_length.png.
+The bit is in the first two observations, and the action after `length` steps is to name it: reward
+1, or -1. Guessing is right half of the time. Every script gets 2,500 episodes or 164k steps,
+whichever is more. The two Transformers remember as many steps as the chain has; the LSTM's gradient
+goes back over the 128 steps of a rollout. Five seeds; greedy, 100 episodes after the whole run.
+Prints Markdown, replaces the rows of what was run in benchmarks/results/memory_length.csv and draws
+assets/memory_length.png.
 """
 
 import csv

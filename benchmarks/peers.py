@@ -1,22 +1,26 @@
-"""Our scripts beside what else pip installs, with the same networks and updates: PPO, SAC, recurrent PPO.
+"""Our scripts beside what else pip installs, with the same networks and updates: PPO, SAC,
+recurrent PPO.
 
     python benchmarks/peers.py                                     # lists the tasks
     python benchmarks/peers.py ppo_speed recurrent_speed ...
 
-No program evaluates. They take turns, each as a process of its own with the compilation cache that it has by
-itself (the peers: none; ours: emptied). Seconds are those of the whole process, the steady state what comes
-after the first quarter of the steps (of memorax the second half, as its second call compiles once more). The
-peers live in virtual environments that this script makes (benchmarks/.venv-*).
+No program evaluates. They take turns, each as a process of its own with the compilation cache that
+it has by itself (the peers: none; ours: emptied). Seconds are those of the whole process, the
+steady state what comes after the first quarter of the steps (of memorax the second half, as its
+second call compiles once more). The peers live in virtual environments that this script makes
+(benchmarks/.venv-*).
 
-ppo_speed: LunarLander-v3, 64 environments x 128 steps, 4 epochs of 32 minibatches, 64 x 64 tanh networks for
-actor and critic, 131,072 steps. The peers step Gymnasium's simulators one after the other, their default and
-the fastest of theirs for such a cheap one; ppo.py runs in EnvPool, its default, and in the same Gymnasium.
+ppo_speed: LunarLander-v3, 64 environments x 128 steps, 4 epochs of 32 minibatches, 64 x 64 tanh
+networks for actor and critic, 131,072 steps. The peers step Gymnasium's simulators one after the
+other, their default and the fastest of theirs for such a cheap one; ppo.py runs in EnvPool, its
+default, and in the same Gymnasium.
 
-sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each step after
-the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
+sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each
+step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
 
-recurrent_speed: Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8 minibatches of whole
-rollouts; actor and critic with an encoder of 64, an LSTM of 64 and a linear head each; 393,216 steps.
+recurrent_speed: Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8 minibatches of
+whole rollouts; actor and critic with an encoder of 64, an LSTM of 64 and a linear head each;
+393,216 steps.
 
 For each task it prints a Markdown table and writes benchmarks/results/<task>.csv.
 """

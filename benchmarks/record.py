@@ -1,7 +1,7 @@
 """What the benchmarks share: raw results with their origin, and virtual environments for the peers.
 
-`write` is called by each benchmark; nothing is run here. results/measured.csv has a row for each file of
-results/: the command, the day, the machine and the versions.
+`write` is called by each benchmark; nothing is run here. results/measured.csv has a row for each
+file of results/: the command, the day, the machine and the versions.
 """
 
 import csv

@@ -3,9 +3,10 @@
     python benchmarks/scores.py                       # lists the tasks
     python benchmarks/scores.py ppo_lunarlander ...   # trains, seed by seed, and plays
 
-Each seed is a process of its own; nothing is timed. LunarLander-v3 is trained in EnvPool and judged in Gymnasium's
-(limit 1000 steps). For each task it prints a Markdown table and writes scores_<task>.csv and
-curves_<task>.csv to benchmarks/results. Then `python benchmarks/curves.py` draws them.
+Each seed is a process of its own; nothing is timed. LunarLander-v3 is trained in EnvPool and judged
+in Gymnasium's (limit 1000 steps). For each task it prints a Markdown table and writes
+scores_<task>.csv and curves_<task>.csv to benchmarks/results. Then `python benchmarks/curves.py`
+draws them.
 """
 
 import csv

@@ -1,11 +1,13 @@
-"""Steps/s of every script on its tasks while it trains: the column of the README's tables of results.
+"""Steps/s of every script on its tasks while it trains: the column of the README's tables of
+results.
 
     python benchmarks/steps_per_second.py             # all tasks of scores.py, about a quarter of an hour
     python benchmarks/steps_per_second.py TASK ...    # some of them
 
-The command of each task runs for some seconds, is stopped by Ctrl-C's signal, and its metrics.csv says how many
-steps the second half of that time held: no launch, no compilation, no evaluation, but logging. Two rounds over
-all tasks, nothing beside. Prints Markdown and writes benchmarks/results/steps_per_second.csv.
+The command of each task runs for some seconds, is stopped by Ctrl-C's signal, and its metrics.csv
+says how many steps the second half of that time held: no launch, no compilation, no evaluation, but
+logging. Two rounds over all tasks, nothing beside. Prints Markdown and writes
+benchmarks/results/steps_per_second.csv.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """The tables of the README, from the scripts and the raw results: a test holds the README to them.
 
-python benchmarks/tables.py           # prints them
-python benchmarks/tables.py --write   # puts them into README.md, between their marks
+python benchmarks/tables.py           # prints the README with the tables as they should be
+python benchmarks/tables.py --write   # writes it
 """
 
 import re
@@ -300,7 +300,8 @@ if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--write"]):
         sys.exit("usage: python benchmarks/tables.py [--write]")
     readme = ROOT / "README.md"
+    text = fill(readme.read_text())
     if sys.argv[1:]:
-        readme.write_text(fill(readme.read_text()))
+        readme.write_text(text)
     else:
-        print(scripts_table(), *map(results_table, TABLES.values()), sep="\n\n")
+        print(text)

@@ -2,10 +2,11 @@
 
     python benchmarks/trxl_speed.py
 
-512 environments x 128 steps of MemoryChain, 2 layers of 256 with 8 heads, memory 128, windows of 64, 4
-epochs of 8 minibatches: the sizes of transformerXL_PPO_JAX, whose layers have gates, like those of
-ppo_gtrxl.py. Steady state, after compilation; "without cache" is the same rollout with keys and values of the whole memory computed at each step.
-In turns; prints Markdown and writes benchmarks/results/trxl_speed.csv.
+512 environments x 128 steps of MemoryChain, 2 layers of 256 with 8 heads, memory 128, windows of
+64, 4 epochs of 8 minibatches: the sizes of transformerXL_PPO_JAX, whose layers have gates, like
+those of ppo_gtrxl.py. Steady state, after compilation; "without cache" is the same rollout with
+keys and values of the whole memory computed at each step. In turns; prints Markdown and writes
+benchmarks/results/trxl_speed.csv.
 """
 
 import os
