@@ -35,7 +35,7 @@ def main() -> None:
     rows = [row for row in rows if read(f"curves_{row[0]}")]
     columns = 4
     figure = Figure(figsize=(13, 2.2 * -(-len(rows) // columns)), layout="constrained")
-    grid = figure.subplots(-(-len(rows) // columns), columns, squeeze=False).flat
+    grid = list(figure.subplots(-(-len(rows) // columns), columns, squeeze=False).flat)
     for axes, (name, task, _) in zip(grid, rows, strict=False):
         curves, bar = curves_of(name), TASKS[name][3]
         for curve in curves:
@@ -44,13 +44,13 @@ def main() -> None:
         axes.plot(steps, middle, color=COLORS[0], linewidth=2)
         if bar:
             axes.axhline(bar, color="gray", linestyle="--", linewidth=0.8)
-        task = task.partition(",")[0]
+        task = task.partition(",")[0].partition(" (")[0]
         axes.set_title(f"{script_of(name)}.py, {len(curves)} seeds\n{task}", fontsize=8)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    for axes in list(grid)[len(rows) :]:
+    for axes in grid[len(rows) :]:
         axes.axis("off")
     figure.supxlabel("environment steps", fontsize=9)
     figure.supylabel("return of the last 100 training episodes", fontsize=9)

@@ -94,7 +94,7 @@ def draw(rows: list[dict]) -> None:
     axes.set_xticks(LENGTHS, LENGTHS)
     axes.set(xlabel="steps between the bit and the question", ylabel="right answers")
     axes.axhline(0.5, color="gray", linewidth=0.8)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(SCRIPTS), fontsize="x-small")
     figure.savefig(ROOT / "assets" / "memory_length.png", dpi=130)
 
 

@@ -58,12 +58,12 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "ppo_continuous_halfcheetah": (
         "ppo_continuous.py",
         f"{HALFCHEETAH} --total-timesteps 1000000",
-        3,
+        5,
         0,
     ),
     "dqn_cartpole": ("dqn.py", "", 10, 475),
     "dqn_lunarlander": ("dqn.py", f"{LANDER_BY_DQN} {LANDER}", 5, 200),
-    "dqn_breakout": ("dqn.py", BREAKOUT_BY_DQN, 2, 28),  # 28: PPO's score in gymnax
+    "dqn_breakout": ("dqn.py", BREAKOUT_BY_DQN, 5, 28),  # 28: PPO's score in gymnax
     "sac_pendulum": ("sac.py", "", 6, -160),
     "ppo_masked_cartpole": ("ppo.py", CARTPOLE_BY_PPO, 5, 475),
     "ppo_lstm_cartpole": ("ppo_lstm.py", "", 5, 475),
@@ -79,7 +79,7 @@ TASKS = {  # name: script, flags, number of seeds, score that counts as solved
     "sac_halfcheetah": (
         "sac.py",
         "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000",
-        2,
+        5,
         0,
     ),
 }

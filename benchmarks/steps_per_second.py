@@ -1,7 +1,7 @@
 """Steps/s of every script on its tasks while it trains: the column of the README's tables of
 results.
 
-    python benchmarks/steps_per_second.py             # all tasks of scores.py, about a quarter of an hour
+    python benchmarks/steps_per_second.py             # all tasks of scores.py, ten minutes
     python benchmarks/steps_per_second.py TASK ...    # some of them
 
 The command of each task runs for some seconds, is stopped by Ctrl-C's signal, and its metrics.csv
@@ -24,7 +24,7 @@ from scores import TASKS as SCORED
 
 TASKS = {name: (script, flags) for name, (script, flags, *_) in SCORED.items()}
 TASKS["ppo_cartpole"] = ("ppo.py", "--env-id gymnax::CartPole-v1")
-ROUNDS, SECONDS = 2, 12
+ROUNDS, SECONDS = 2, 6
 
 
 def points_of(run_dir: Path) -> list[tuple[int, float]]:

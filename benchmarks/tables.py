@@ -51,7 +51,7 @@ TABLES = {  # rows: name in the results, task, target of the timed launch
         ("ppo_trxl_cartpole", MASKED, None),
         ("ppo_gtrxl_cartpole", MASKED, None),
         ("ppo_masked_cartpole", f"{MASKED}, the control", None),
-        ("rppo_continuous_pendulum", "Pendulum-v1 without velocity", None),
+        ("rppo_continuous_pendulum", "Pendulum-v1 without velocity", "-200"),
         (
             "rppo_continuous_mountaincar",
             "MountainCarContinuous-v0 without velocity (an action is 8 steps)",
@@ -165,8 +165,9 @@ def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
 
 def cartpole_table() -> str:
     table = [
-        "| environments | ppo.py | share of the peak | rejax 0.1.3 | ratio | with our XLA flag | 8 seeds cost |",
-        "|---|---|---|---|---|---|---|",
+        "| environments | ppo.py | share of the peak | rejax 0.1.3 | ratio | with our XLA flag | with jax 0.12 "
+        "| 8 seeds cost |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = read("cartpole_speed")
     for size in dict.fromkeys(row["num_envs"] for row in rows):
@@ -178,7 +179,9 @@ def cartpole_table() -> str:
         if all("rejax_same_flag" in row for row in own):
             alike = f"{median(row['ppo'] / row['rejax_same_flag'] for row in own):.2f}"
             share = f"{100 * ours * GFLOP_PER_STEP / own[0]['peak_gflops']:.0f} %"
-        cells = [f"{ours:,}", share, f"{theirs:,}", f"{ratio:.2f}", alike]
+        newer = [row for row in read("cartpole_speed_jax012") if row["num_envs"] == size]
+        newer = median(int(row["ppo"]) / int(row["rejax"]) for row in newer)
+        cells = [f"{ours:,}", share, f"{theirs:,}", f"{ratio:.2f}", alike, f"{newer:.2f}"]
         table.append(f"| {size} | {' | '.join(cells)} | {seeds:.1f} x one |")
     return "\n".join(table)
 
@@ -187,11 +190,16 @@ def dqn_table() -> str:
     rows = read("dqn_speed")
     middle = {name: median(float(row[name]) for row in rows) for name in rows[0]}
     ratio = median(float(x["ours_64_64_double"]) / float(x["rejax_64_64_double"]) for x in rows)
-    return f"""| networks | dqn.py | rejax 0.1.3 | ratio |
-|---|---|---|---|
-| 64 x 64, double | {middle["ours_64_64_double"]:,.0f} | {middle["rejax_64_64_double"]:,.0f} | {ratio:.2f} |
-| 120 x 84, double | {middle["ours_120_84_double"]:,.0f} | | |
-| 120 x 84 (PureJaxRL's configuration) | {middle["ours_120_84"]:,.0f} | | |"""
+    newer = [
+        (row["ours_64_64_double"], row["rejax_64_64_double"]) for row in read("dqn_speed_jax012")
+    ]
+    newer = median(int(ours) / int(theirs) for ours, theirs in newer)
+    both = [middle["ours_64_64_double"], middle["rejax_64_64_double"]]
+    return f"""| networks | dqn.py | rejax 0.1.3 | ratio | with jax 0.12 |
+|---|---|---|---|---|
+| 64 x 64, double | {both[0]:,.0f} | {both[1]:,.0f} | {ratio:.2f} | {newer:.2f} |
+| 120 x 84, double | {middle["ours_120_84_double"]:,.0f} | | | |
+| 120 x 84 (PureJaxRL's configuration) | {middle["ours_120_84"]:,.0f} | | | |"""
 
 
 def halfcheetah_table() -> str:

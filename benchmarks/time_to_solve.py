@@ -26,6 +26,7 @@ TASKS = {  # name: script, flags with the target
     "impala_lunarlander": ("impala.py", "--target-return 200"),
     "ppo_continuous_pendulum": ("ppo_continuous.py", "--target-return -200"),
     "ppo_lstm_cartpole": ("ppo_lstm.py", "--target-return 475"),
+    "rppo_continuous_pendulum": ("rppo_continuous.py", "--target-return -200"),
     "ppo_lstm_lunarlander": ("ppo_lstm.py", f"{LANDER_BY_LSTM} --target-return 200"),
     "ppo_trxl_lunarlander": ("ppo_trxl.py", f"{LANDER_BY_TRXL} --target-return 200"),
     "ppo_gtrxl_lunarlander": ("ppo_gtrxl.py", f"{LANDER_BY_TRXL} --target-return 200"),
