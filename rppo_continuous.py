@@ -26,7 +26,7 @@ Details of PPO".
     python rppo_continuous.py                                    # Pendulum-v1 without the velocity
     python rppo_continuous.py --burn-in 8 --recompute-advantages
 
-Expected on Pendulum-v1 without the velocity, on two CPU cores: greedy return -164 +- 10 after 500k
+Expected on Pendulum-v1 without the velocity, on two CPU cores: greedy return -159 +- 10 after 500k
 steps (mean and std of 10 seeds, 100 episodes each); --target-return -200 ends 15 s after the launch.
 
 Differs from ppo_lstm.py in: actor and critic have an LSTM each; the policy is a Gaussian whose actions
