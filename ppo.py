@@ -124,12 +124,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_ranges(args: Any, at_least_1: str, at_most_1: str) -> None:
-    """Refuses numbers below 0, nan, and flags below or above 1 that must not be."""
+def check_ranges(args: Any, at_least_1: str, at_most_1: str, any_sign: str = "") -> None:
+    """Refuses nan, inf, numbers below 0, and flags below or above 1 that must not be."""
+    lows = dict.fromkeys(at_least_1.split(), 1)
+    lows |= dict.fromkeys(["target_return", *any_sign.split()], -(10**9))
+    highs = dict.fromkeys(at_most_1.split(), 1) | {"seed": 2**30}
     for name, value in vars(args).items():
-        low, high = int(name in at_least_1.split()), 1 if name in at_most_1.split() else 2**62
-        if type(value) in (int, float) and name != "target_return" and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+        low, high = lows.get(name, 0), highs.get(name, 10**12)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not low <= x <= high:
+                fail(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 def check_args(args: Args) -> None:
@@ -375,14 +379,15 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
     """Epochs of minibatch gradient steps on data [T, B, ...] -> agent, opt_state, metrics."""
     data = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), data)  # [T * B, ...]
 
-    def minibatch_step(carry, indices):
-        agent, opt_state = carry
+    def minibatch_step(learner, indices):
+        agent, opt_state = learner
         minibatch = jax.tree.map(lambda x: x[indices], data)
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics
 
+    @jax.jit  # so that it is traced once
     def epoch(learner, key):
         order = jnp.argsort(jax.random.bits(key, (args.batch_size,)))  # random (detail 6)
         indices = order.reshape(args.num_minibatches, -1)  # [N, M]
@@ -396,10 +401,9 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
         far = metrics["losses/approx_kl"] > args.target_kl
         return jax.lax.cond(far, lambda: carry, lambda: epoch(learner, key)), None
 
-    metrics = jax.eval_shape(lambda: ppo_loss(agent, *data, args)[1])
-    carry = (agent, opt_state), jax.tree.map(jnp.zeros_like, metrics)
-    keys = jax.random.split(key, args.update_epochs)
-    (learner, metrics), _ = jax.lax.scan(epoch_if_near, carry, keys)
+    learner, keys = (agent, opt_state), jax.random.split(key, args.update_epochs)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(epoch, learner, key)[1])
+    (learner, metrics), _ = jax.lax.scan(epoch_if_near, (learner, zeros), keys)
     return *learner, metrics
 
 
@@ -881,6 +885,7 @@ def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
     env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
+    check_env(args.env_id, env)
     eval_env = make_eval_env(args, env)
     run_dir = open_run(args)
 

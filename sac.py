@@ -8,7 +8,6 @@
 #   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
-#   "craftax>=1.6,<1.7",
 #   "envpool>=1.2.5,<1.3",
 #   "orbax-checkpoint>=0.12,<0.13",
 #   "tyro>=1.0,<1.1",
@@ -45,21 +44,24 @@ import time
 
 LAUNCHED = time.time()  # before the slow imports, so that `seconds` in metrics.csv counts them
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # if the CPU has AVX-512
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/unroll"))
 
-import csv
 import dataclasses
-import difflib
 import json
+import re
 import signal
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from importlib import import_module, metadata, util
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
@@ -74,10 +76,12 @@ from flax import nnx
 from jax import Array
 from jax.experimental import io_callback
 
+CALL_STEPS = 1  # each iteration is a call of its own, with a row of metrics.csv
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, craftax, gymnasium, envpool)
+    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, envpool, gymnasium, a file in envs/)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
@@ -116,6 +120,51 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // (self.num_envs * self.num_steps)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with status 2 and one line on stderr that says what to change."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_ranges(args: Any, at_least_1: str, at_most_1: str, any_sign: str = "") -> None:
+    """Refuses nan, inf, numbers below 0, and flags below or above 1 that must not be."""
+    lows = dict.fromkeys(at_least_1.split(), 1)
+    lows |= dict.fromkeys(["target_return", *any_sign.split()], -(10**9))
+    highs = dict.fromkeys(at_most_1.split(), 1) | {"seed": 2**30}
+    for name, value in vars(args).items():
+        low, high = lows.get(name, 0), highs.get(name, 10**12)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not low <= x <= high:
+                fail(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with status 2 if a flag has a value that cannot work."""
+    counts = "num_seeds num_envs num_steps buffer_size batch_size num_critics"
+    counts += " actor_hidden_size critic_hidden_size actor_num_blocks critic_num_blocks"
+    check_ranges(args, at_least_1=counts, at_most_1="gamma tau", any_sign="target_entropy_scale")
+    if args.updates_per_step > 1_000:
+        fail("--updates-per-step must be at most 1000")
+    if args.alpha == 0:
+        fail("--alpha must be above 0")
+    if args.buffer_size < max(args.batch_size, args.num_envs):
+        fail("--buffer-size must hold a batch and a step of all environments")
+    if args.num_iterations < 1:
+        fail("--total-timesteps must be at least --num-envs x --num-steps")
+    if args.learning_starts >= args.total_timesteps:
+        fail("--learning-starts must be below --total-timesteps, or nothing is learned")
+
+
+def check_env(env_id: str, env: "Env") -> None:
+    """Ends the program with status 2 if this script cannot act in the environment."""
+    if env.action_low is None:
+        fail(f"{env_id} has discrete actions: use dqn.py")
+    if not np.isfinite([env.action_low, env.action_high]).all():
+        fail(f"the actions of {env_id} have no bounds: use ppo_continuous.py")
+    if len(env.obs_shape) != 1:
+        fail(f"the observations of {env_id} are images, and this script is for vectors")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -211,6 +260,13 @@ class Critic(nnx.Module):
 # --- Acting ---------------------------------------------------------------------------------------
 
 
+class Acting(NamedTuple):
+    """What goes on from one step to the next."""
+
+    env_state: Any
+    obs: Array  # [B, obs_size], what to act on next
+
+
 class Transition(NamedTuple):
     """What the replay buffer keeps of a step."""
 
@@ -290,15 +346,6 @@ def compute_targets(actor: Actor, target: Critic, alpha, batch: Transition, key,
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-LOSS_METRICS = [
-    "losses/qf_loss",
-    "losses/qf_values",
-    "losses/actor_loss",
-    "losses/entropy",
-    "losses/alpha",
-]
-
-
 def critic_loss(critic: Critic, batch: Transition, targets: Array) -> tuple[Array, Array]:
     """Squared error of every critic against the targets [M] (eq. 5) -> loss, mean value."""
     q_values = critic(batch.obs, batch.action)  # [num_critics, M]
@@ -338,9 +385,8 @@ class TrainState(NamedTuple):
     learner: Learner
     obs_stats: RunningStats | None
     buffer: Any  # of Transition, [buffer_size, ...]
-    env_state: Any
-    obs: Array  # [B, obs_size]
-    stats: "EpisodeStats"
+    acting: Acting
+    episode_stats: "EpisodeStats"
     key: Array
     step: Array  # environment steps done
     iteration: Array  # iterations done
@@ -362,16 +408,15 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         log_alpha = jnp.log(jnp.float32(args.alpha))
         parts = {"actor": actor, "critic": critic, "log_alpha": log_alpha}
         opt_states = {name: txs[name].init(part) for name, part in parts.items()}
-        env_state, obs = env.reset(env_key)
-        action = jnp.zeros(env.action_size)
-        example = Transition(obs[0], action, jnp.float32(0.0), obs[0], jnp.bool_(False))
+        acting, action = Acting(*env.reset(env_key)), jnp.zeros(env.action_size)
+        obs = acting.obs[0]
+        example = Transition(obs, action, jnp.float32(0.0), obs, jnp.bool_(False))
         return TrainState(
             learner=Learner(actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, opt_states),
             obs_stats=init_running(env.obs_shape) if args.block_type == "simba" else None,
             buffer=replay.init(example),
-            env_state=env_state,
-            obs=obs,
-            stats=init_stats(args.num_envs),
+            acting=acting,
+            episode_stats=init_stats(args.num_envs),
             key=key,
             step=jnp.int32(0),
             iteration=jnp.int32(0),
@@ -381,12 +426,13 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         step = lambda state, _: step_and_learn(state, env, replay, txs, args)
         state, (rewards, dones, sums) = jax.lax.scan(step, state, length=args.num_steps)
         assert rewards.shape == dones.shape == (args.num_steps, args.num_envs)  # [T, B]
-        updates = sums.pop("updates").sum()
-        metrics = {name: x.sum() / jnp.maximum(updates, 1) for name, x in sums.items()}
+        updates = gradient_steps_due(state.step, args)
+        number = updates - gradient_steps_due(state.step - args.num_envs * args.num_steps, args)
+        metrics = {name: x.sum() / jnp.maximum(number, 1) for name, x in sums.items()}
         metrics |= {"charts/updates": updates}
-        stats = record_episodes(state.stats, rewards, dones)
-        state = state._replace(stats=stats, iteration=state.iteration + 1)
-        return state, metrics | episode_metrics(stats)
+        stats, episode_metrics = record_episodes(state.episode_stats, rewards, dones)
+        state = state._replace(episode_stats=stats, iteration=state.iteration + 1)
+        return state, metrics | episode_metrics
 
     return init, train_iteration
 
@@ -406,18 +452,18 @@ def gradient_steps_due(step: Array, args: Args) -> Array:
 
 def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: Args):
     """One step in each environment, then the gradient steps due by now -> state, (rewards, dones,
-    sums): rewards and dones are [B], sums those of the metrics and the number of gradient steps.
+    sums): rewards and dones are [B], sums those of the metrics of all gradient steps.
     """
     action_key, random_key, env_key, update_key, key = jax.random.split(state.key, 5)
-    obs_stats = state.obs_stats
+    (env_state, obs), obs_stats = state.acting, state.obs_stats
     if obs_stats is not None:  # of what is acted on, never of what is replayed
-        obs_stats = update_running(obs_stats, state.obs[None])
-    action, _ = sample_action(state.learner.actor, normalize(state.obs, obs_stats), action_key)
+        obs_stats = update_running(obs_stats, obs[None])
+    action, _ = sample_action(state.learner.actor, normalize(obs, obs_stats), action_key)
     random_action = jax.random.uniform(random_key, action.shape, minval=-1.0)
     action = jnp.where(state.step < args.learning_starts, random_action, action)
-    env_state, timestep = env.step(env_key, state.env_state, to_bounds(action, env))
+    env_state, timestep = env.step(env_key, env_state, to_bounds(action, env))
     reward, next_obs, terminated = timestep.reward, timestep.next_obs, timestep.terminated
-    buffer = replay.add(state.buffer, Transition(state.obs, action, reward, next_obs, terminated))
+    buffer = replay.add(state.buffer, Transition(obs, action, reward, next_obs, terminated))
 
     def gradient_step(number, carry):
         learner, sums = carry
@@ -426,18 +472,18 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: 
         obs, next_obs = normalize(batch.obs, obs_stats), normalize(batch.next_obs, obs_stats)
         batch = batch._replace(obs=obs, next_obs=next_obs)
         learner, metrics = update(learner, txs, batch, loss_key, args)
-        return learner, jax.tree.map(jnp.add, sums, metrics | {"updates": jnp.float32(1.0)})
+        return learner, jax.tree.map(jnp.add, sums, metrics)
 
     step = state.step + args.num_envs
-    sums = dict.fromkeys([*LOSS_METRICS, "updates"], jnp.float32(0.0))
+    names = ("qf_loss", "qf_values", "actor_loss", "entropy", "alpha")
+    sums = {f"losses/{name}": jnp.float32(0.0) for name in names}
     due_before, due = gradient_steps_due(state.step, args), gradient_steps_due(step, args)
     learner, sums = jax.lax.fori_loop(due_before, due, gradient_step, (state.learner, sums))
     state = state._replace(
         learner=learner,
         obs_stats=obs_stats,
         buffer=buffer,
-        env_state=env_state,
-        obs=timestep.obs,
+        acting=Acting(env_state, timestep.obs),
         key=key,
         step=step,
     )
@@ -468,45 +514,46 @@ def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Arg
 
     target = optax.incremental_update(critic, learner.target, args.tau)
     opt_states = {"actor": actor_opt, "critic": critic_opt, "log_alpha": alpha_opt}
-    metrics = dict(zip(LOSS_METRICS, (qf_loss, qf_values, pg_loss, entropy, alpha), strict=True))
+    metrics = {
+        "losses/qf_loss": qf_loss,
+        "losses/qf_values": qf_values,
+        "losses/actor_loss": pg_loss,
+        "losses/entropy": entropy,
+        "losses/alpha": alpha,
+    }
     return Learner(actor, critic, target, log_alpha, opt_states), metrics
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(
-    state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
-) -> tuple[Array, Array]:
+def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000):
     """Plays the squashed means for one episode in each environment -> returns, lengths [B].
 
     Only first episodes count: taking the first to end would favour short ones. An episode that
     still runs after max_steps counts as it stands.
     """
-    reset_key, key = jax.random.split(key)
-    env_state, obs = env.reset(reset_key)
-    zeros = jnp.zeros(obs.shape[0])
 
     def playing(carry):
-        _, totals = carry
-        return totals["alive"].any() & (totals["length"].max() < max_steps)
+        *_, lengths, alive = carry
+        return alive.any() & (lengths.max() < max_steps)
 
     def act_and_step(carry):
-        (env_state, obs, key), totals = carry
-        key, env_key = jax.random.split(key)
+        (env_state, obs), key, returns, lengths, alive = carry
+        env_key, key = jax.random.split(key)
         action = jnp.tanh(state.learner.actor(normalize(obs, state.obs_stats)).mean())
         env_state, timestep = env.step(env_key, env_state, to_bounds(action, env))
-        alive = totals["alive"]
-        totals = {
-            "return": totals["return"] + jnp.where(alive, timestep.reward, 0.0),
-            "length": totals["length"] + alive,
-            "alive": alive & ~(timestep.terminated | timestep.truncated),
-        }
-        return (env_state, timestep.obs, key), totals
+        returns += jnp.where(alive, timestep.reward, 0.0)
+        lengths += alive
+        alive &= ~(timestep.terminated | timestep.truncated)
+        return Acting(env_state, timestep.obs), key, returns, lengths, alive
 
-    totals = {"return": zeros, "length": zeros, "alive": jnp.ones(obs.shape[0], bool)}
-    _, totals = jax.lax.while_loop(playing, act_and_step, ((env_state, obs, key), totals))
-    return totals["return"], totals["length"]
+    reset_key, key = jax.random.split(key)
+    acting = Acting(*env.reset(reset_key))
+    zeros = jnp.zeros(acting.obs.shape[0])
+    carry = (acting, key, zeros, zeros, zeros == 0)
+    _, _, returns, lengths, _ = jax.lax.while_loop(playing, act_and_step, carry)
+    return returns, lengths
 
 
 # --- Environment: from here on the text is the same in every script -------------------------------
@@ -531,661 +578,384 @@ class Env(NamedTuple):
     action_size: int  # number of discrete actions, or of entries of a continuous one
     action_low: np.ndarray | None = None
     action_high: np.ndarray | None = None
-    num_states: int = 0  # above 0: observations are numbers below it, and are made one-hot
     hosted: bool = False  # stepped outside JAX: no vmap over seeds, no state in checkpoints
 
 
-def make_env(
-    env_id: str,
-    num_envs: int,
-    seed: int = 0,
-    env_kwargs: str = "{}",
-    mask_obs: tuple[int, ...] = (),
-) -> Env:
+def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -> Env:
     """Builds num_envs environments `suite::name`; bad input ends the program with status 2."""
     suite, _, name = env_id.partition("::")
-    own = Path(__file__).with_name("envs") / f"{suite}.py"
-    suites = {"gymnax": gymnax_env, "craftax": craftax_env, "gymnasium": gymnasium_env}
-    suites["envpool"] = envpool_env
-    if "::" not in env_id:
-        fail(f"--env-id {env_id} names no suite: write suite::name, like gymnasium::{env_id}")
-    if not own.is_file():  # for a suite of your own, write this file
-        check_known("suite", suite, suites)
+    hosts = {"gymnasium": gymnasium_env, "envpool": envpool_env}
+    suites = {"gymnax": gymnax_env} | hosts
+    files = sorted(path.stem for path in Path(__file__).parent.glob("envs/*.py"))
+    if suite not in [*suites, *files]:
+        known = ", ".join([*suites, *files])
+        fail(f"--env-id {env_id} must be suite::name, of {known} or a file envs/<suite>.py")
     # Simulators give environment i the seed + i, so seeds in a row would share all but one.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
-        kwargs = json.loads(env_kwargs)
-        repeats = kwargs.pop("action_repeat", 1)
-        env = suites.get(suite, partial(own_env, own))(name, num_envs, seed, **kwargs)
-    except (TypeError, ValueError, AttributeError, AssertionError) as error:
-        if env_kwargs == "{}":
-            raise
-        fail(f"{env_id} refuses --env-kwargs {env_kwargs}: {str(error).splitlines()[0]}")
-    if type(repeats) is not int or repeats < 1:
-        fail(f'"action_repeat" in --env-kwargs must be a whole number from 1, not {repeats}')
-    return repeat_action(shape_obs(env, mask_obs), repeats)
+        make = suites.get(suite) or import_module(f"envs.{suite}").make
+        own = (name, num_envs, seed) if suite in hosts else (name,)
+        reset, step, actions, *rest = make(*own, **json.loads(env_kwargs))
+        batch = host_env if suite in hosts else vmap_env
+        reset, step = batch(num_envs, partial(shape_obs, mask_obs), reset, step, *rest)
+        obs = jax.eval_shape(reset, jax.random.key(0))[1]
+        return Env(reset, step, obs.shape[1:], *action_spec(actions), suite in hosts)
+    except Exception as error:  # each simulator has its own
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{env_id} with --env-kwargs '{env_kwargs}' and --mask-obs {mask_obs}"
+        fail(f"{what}: {reason} ({where.filename}, line {where.lineno})")
 
 
-def shape_obs(env: Env, mask_obs: tuple[int, ...]) -> Env:
-    """Screens (36 x 36 and larger) become [H, W, C], all else a float32 vector without mask_obs."""
-    axes, size = env.obs_shape, env.num_states or int(np.prod(env.obs_shape))
-    keep = np.setdiff1d(np.arange(size), mask_obs)
-    obs_shape = (keep.size,)
-    screen = len(axes) == 3 and sorted(axes)[1] >= 36
-    channels_first = screen and axes[0] < axes[2]
-    if screen:
-        obs_shape = (*axes[1:], axes[0]) if channels_first else axes
-    if screen and mask_obs:
-        fail("--mask-obs is for vectors, and these observations are images")
-    if not set(mask_obs) < set(range(size)):
-        fail(f"--mask-obs takes some, not all, of the entries 0 to {size - 1}, not {mask_obs}")
-
-    def shape(obs):
-        if screen:
-            return jnp.moveaxis(obs, 1, -1) if channels_first else obs
-        if env.num_states:
-            obs = obs[:, None] == jnp.arange(size)  # [B, size]
-        obs = obs.reshape(obs.shape[0], size).astype(jnp.float32)
-        return obs[:, keep] if mask_obs else obs
-
-    def reset(key):
-        env_state, obs = env.reset(key)
-        return env_state, shape(obs)
-
-    def step(key, env_state, action):
-        env_state, (obs, next_obs, reward, *ends) = env.step(key, env_state, action)
-        return env_state, Timestep(shape(obs), shape(next_obs), jnp.float32(reward), *ends)
-
-    return env._replace(reset=reset, step=step, obs_shape=obs_shape)
+def shape_obs(mask_obs: tuple[int, ...], obs: Any) -> Array:
+    """Screens -> [B, H, W, C]; all else, trees too -> a float32 vector [B, size] without mask_obs."""
+    first, *others = jax.tree.leaves(obs)
+    if first.ndim == 4 and sorted(first.shape[1:])[1] >= 36 and not others:
+        assert not mask_obs, "--mask-obs is for vectors, and these are images"
+        return jnp.moveaxis(first, 1, -1) if first.shape[1] < first.shape[3] else first
+    vectors = [jnp.float32(x).reshape(x.shape[0], -1) for x in (first, *others)]
+    vector = jnp.concatenate(vectors, axis=1)
+    keep = np.delete(np.arange(vector.shape[1]), mask_obs)
+    assert keep.size, "--mask-obs hides every entry"
+    return vector[:, keep] if mask_obs else vector
 
 
-def repeat_action(env: Env, repeats: int) -> Env:
-    """Takes each action several times and adds up the rewards: "action_repeat" in --env-kwargs.
-
-    Where an episode ends on the way, what is left of the repeats opens the next one, unrecorded.
-    """
-
-    def step(key, env_state, action):
-        first_key, *keys = jax.random.split(key, repeats)
-        env_state, sums = env.step(first_key, env_state, action)
-        for key in keys:
-            env_state, timestep = env.step(key, env_state, action)
-            ended = sums.terminated | sums.truncated
-            next_obs = jnp.where(
-                ended.reshape(-1, *[1] * (sums.next_obs.ndim - 1)), sums.next_obs, timestep.next_obs
-            )
-            sums = Timestep(
-                timestep.obs,
-                next_obs,
-                sums.reward + jnp.where(ended, 0.0, timestep.reward),
-                jnp.where(ended, sums.terminated, timestep.terminated),
-                jnp.where(ended, sums.truncated, timestep.truncated),
-            )
-        return env_state, sums
-
-    return env if repeats == 1 else env._replace(step=step)
+def action_spec(actions: Any) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+    """A number of actions, bounds (low, high) or a space of any suite -> action_size, low, high."""
+    kind = type(actions).__name__
+    if kind == "int" or (kind == "Discrete" and getattr(actions, "start", 0) == 0):
+        return int(getattr(actions, "n", actions)), None, None
+    if kind == "Box":
+        actions = tuple(np.broadcast_to(x, actions.shape) for x in (actions.low, actions.high))
+    if isinstance(actions, tuple) and np.ndim(actions[0]) < 2:
+        low, high = np.float32(actions).reshape(2, -1)
+        return low.size, low, high
+    raise ValueError(f"actions are {actions}: only Discrete (from 0) and one-dimensional Box work")
 
 
-def gymnax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
-    gymnax = require("gymnax", "gymnax>=1.0.1")
-    check_known("environment of gymnax", name, gymnax.registered_envs)
-    fields = {field.name for field in dataclasses.fields(gymnax.make(name)[1])}
-    params = {key: kwargs.pop(key) for key in fields & set(kwargs)}
-    env, default = gymnax.make(name, **kwargs)
-    params = default.replace(**params)
+def gymnax_env(name: str, **kwargs) -> tuple:
+    """Arguments go to the environment's parameters where they have such a field, else to itself."""
+    import gymnax
+
+    changes = {x: kwargs.pop(x) for x in vars(gymnax.make(name)[1]) if x in kwargs}
+    env, params = gymnax.make(name, **kwargs)
+    params = params.replace(**changes)
 
     def step(key, state, action):
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
         return obs, state, reward, terminated, env.is_truncated(state, params)
 
-    return jax_env(partial(env.reset_env, params=params), step, num_envs, num_envs, env, params)
+    return partial(env.reset_env, params=params), step, env.action_space(params)
 
 
-def craftax_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
-    make = require("craftax.craftax_env", "craftax").make_craftax_env_from_name
-    kinds = ["Symbolic", "Pixels", "Classic-Symbolic", "Classic-Pixels"]
-    names = [f"Craftax-{kind}-v1" for kind in kinds]
-    check_known("environment of craftax", name, names)
-    env = make(name, auto_reset=False)
-    params = env.default_params.replace(**kwargs)
-    without_limit = params.replace(max_timesteps=np.iinfo(np.int32).max)
+def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, envs_per_reset=1):
+    """One environment's functions -> an Env's. In a step, envs_per_reset that end share an episode."""
+    num_new = max(1, num_envs // envs_per_reset)
+    reset, step = jax.jit(reset), jax.jit(step)  # so that they are traced once
 
-    def step(key, state, action):
-        obs, state, reward, done, _ = env.step(key, state, action, params)
-        terminated = env.is_terminal(state, without_limit)
-        return obs, state, reward, terminated, done & ~terminated
+    def env_reset(key, number=num_envs):
+        obs, state = jax.vmap(reset)(jax.random.split(key, number))
+        return state, shape(obs)
 
-    # Worlds are expensive: a few fresh ones go round among the environments that end in a step.
-    num_worlds = max(1, num_envs // 16)
-    return jax_env(partial(env.reset, params=params), step, num_envs, num_worlds, env, params)
-
-
-def jax_env(reset: Callable, step: Callable, num_envs: int, num_fresh: int, env, params) -> Env:
-    """An Env of JAX functions for a single environment; num_fresh of them are reset for a step in
-    which some ended. If more than num_fresh end at once, some get the same fresh state.
-    """
-
-    def env_reset(key):
-        obs, env_state = jax.vmap(reset)(jax.random.split(key, num_envs))
-        return env_state, obs
-
-    def env_step(key, env_state, action):
-        next_obs, next_state, reward, terminated, truncated = jax.vmap(step)(
-            jax.random.split(key, num_envs), env_state, action
-        )
-        done = terminated | truncated
+    def env_step(key, state, action):
+        keys = jax.random.split(key, num_envs + 1)  # one for each environment, one for resets
+        next_obs, state, reward, terminated, truncated = jax.vmap(step)(keys[:-1], state, action)
+        next_obs, done = shape(next_obs), terminated | truncated
 
         def replace_ended():
-            reset_key = jax.random.fold_in(key, 0)  # made here, so that other steps are spared it
-            fresh = jax.vmap(reset)(jax.random.split(reset_key, num_fresh))
-            chosen = (jnp.cumsum(done) - 1) % num_fresh  # [B], the k-th to end takes fresh state k
+            chosen = (jnp.cumsum(done) - 1) % num_new  # [B], the k-th to end gets new episode k
+            replace = lambda old, new: jax.vmap(jnp.where)(done, new[chosen], old)
+            return jax.tree.map(replace, (state, next_obs), env_reset(keys[-1], num_new))
 
-            def replace(old, new):
-                return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new[chosen], old)
+        state, obs = jax.lax.cond(done.any(), replace_ended, lambda: (state, next_obs))
+        return state, Timestep(obs, next_obs, jnp.float32(reward), terminated, truncated)
 
-            return jax.tree.map(replace, (next_obs, next_state), fresh)
-
-        obs, env_state = jax.lax.cond(done.any(), replace_ended, lambda: (next_obs, next_state))
-        return env_state, Timestep(obs, next_obs, reward, terminated, truncated)
-
-    space, actions = (
-        env.observation_space(params),
-        action_spec(env.action_space(params), str(env.name)),
-    )
-    return Env(env_reset, env_step, space.shape, *actions, getattr(space, "n", 0))
+    return env_reset, env_step
 
 
-def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
-    """Any registered Gymnasium environment, also one that importing a package registers."""
-    gymnasium = require("gymnasium")
-    spaces = gymnasium.spaces
-    package, _, registered = name.rpartition(":")
-    if package:
-        if not util.find_spec(package.partition(".")[0]):
-            fail(f"no package {package}: install it, or put it beside {Path(__file__).name}")
-        import_module(package)  # registers its environments
-    check_known("environment of gymnasium", registered, gymnasium.registry)
+def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
+    """Any registered Gymnasium environment; of package:Name-v0, the package is imported first."""
+    import gymnasium
 
     def make_one():
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
-        if isinstance(env.observation_space, spaces.Box):
-            return env
-        if not env.observation_space.is_np_flattenable:
-            fail(f"the observations of {name}, {env.observation_space}, do not flatten to a vector")
-        return gymnasium.wrappers.FlattenObservation(env)
+        box = isinstance(env.observation_space, gymnasium.spaces.Box)
+        return env if box else gymnasium.wrappers.FlattenObservation(env)
 
-    mode = gymnasium.vector.AutoresetMode.SAME_STEP
-    try:
-        envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=mode)
-    except (gymnasium.error.Error, ImportError) as error:
-        fail(f"gymnasium::{name} cannot be made: {str(error).splitlines()[0]}")
-
-    def step(action):
-        obs, reward, terminated, truncated, info = envs.step(action)
-        next_obs, done = obs.copy(), terminated | truncated
-        if done.any():
-            next_obs[done] = np.stack(info["final_obs"][done])
-        return obs, next_obs, reward, terminated, truncated
-
-    space, actions = envs.single_observation_space, action_spec(envs.single_action_space, name)
-    return host_env(
-        lambda: envs.reset(seed=seed)[0], step, num_envs, space.shape, space.dtype, actions
-    )
+    mode = gymnasium.vector.AutoresetMode.DISABLED
+    envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=mode)
+    envs.reset(seed=seed)
+    reset = lambda chosen: envs.reset(options={"reset_mask": chosen})[0][chosen]
+    return reset, envs.step, envs.single_action_space
 
 
-def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> Env:
-    """EnvPool would reset an ended environment on the NEXT step; here it is reset at once.
+def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
+    """EnvPool's own reset would come one step late. On a Linux CPU its steps are XLA calls."""
+    import envpool
 
-    On a Linux CPU the steps are XLA calls, and Python is entered only when an episode ended.
-    """
-    envpool = require("envpool")
-    check_known("environment of envpool", name, envpool.list_all_envs())
     pool = envpool.make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
-    if pool.config["max_num_players"] > 1:
-        fail(f"envpool::{name} has several players, and this script trains one agent")
-
-    def join(obs):  # one array as it is, several (of a Dict) as one [B, size]
-        parts = jax.tree.leaves(obs)
-        joined = [part.reshape(len(part), -1) for part in parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(joined, axis=1)
-
-    def reset():
-        return join(pool.reset()[0])
-
-    def reset_ended(handle, done, next_obs):
-        obs, done = np.array(next_obs), np.asarray(done)
-        obs[done] = join(pool.reset(np.flatnonzero(done).astype(np.int32))[0])
-        return handle, obs
-
-    def step(action):
-        next_obs, reward, terminated, truncated, _ = pool.step(action)
-        next_obs, done = join(next_obs), terminated | truncated
-        obs = reset_ended(0, done, next_obs)[1] if done.any() else next_obs
-        return obs, next_obs, reward, terminated, truncated
-
-    example, actions = reset(), action_spec(pool.action_space, name)
-    env = host_env(reset, step, num_envs, example.shape[1:], example.dtype, actions)
-    env = env._replace(num_states=getattr(pool.observation_space, "n", 0))
+    reset = lambda chosen: pool.reset(np.flatnonzero(chosen).astype(np.int32))[0]
     arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
-    wide = any(np.dtype(array.dtype).itemsize > 4 for array in arrays)  # JAX would halve them
+    wide = any(np.dtype(array.dtype).itemsize > 4 for array in arrays)  # XLA calls would halve them
     several = pool.observation_space.shape is None
-    if wide or several or sys.platform != "linux" or jax.default_backend() != "cpu":
-        return env
-    handle, _, _, xla_step = pool.xla()
-
-    def fast_reset(key):
-        return jnp.asarray(handle), env.reset(key)[1]
-
-    def fast_step(key, handle, action):
-        handle, (next_obs, reward, terminated, truncated, _) = xla_step(handle, action)
-        done = terminated | truncated
-        # The callback returns the handle too: without that the next step would not wait for it.
-        types = (handle, next_obs)
-        handle, obs = jax.lax.cond(
-            done.any(),
-            lambda: io_callback(reset_ended, types, handle, done, next_obs, ordered=True),
-            lambda: types,
-        )
-        return handle, Timestep(obs, next_obs, reward, terminated, truncated)
-
-    return env._replace(reset=fast_reset, step=fast_step)
+    fast = sys.platform == "linux" and jax.default_backend() == "cpu" and not (wide or several)
+    return reset, pool.step, pool.action_space, pool.xla() if fast else None
 
 
-def own_env(path: Path, name: str, num_envs: int, seed: int, **kwargs) -> Env:
-    """A suite of the user's own: envs/<suite>.py has make(name, num_envs, seed, **kwargs), which
-    returns the fields of an Env; its step returns env_state and the fields of a Timestep.
-    """
-    spec = util.spec_from_file_location(f"envs.{path.stem}", path)
-    module = sys.modules[spec.name] = util.module_from_spec(spec)  # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return Env(*module.make(name, num_envs, seed, **kwargs))
+def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, xla=None):
+    """A simulator's reset(chosen [B]) and step(action) -> an Env's; with xla, JAX enters it itself."""
+    everyone = np.ones(num_envs, bool)
+    obs_type = jax.tree.map(jnp.asarray, reset(everyone))  # [B, ...]
+    step_type = Timestep(obs_type, obs_type, jnp.zeros(num_envs), everyone, everyone)
 
+    def replace_ended(obs, done):  # in numpy: a callback that calls JAX can wait for itself
+        obs = jax.tree.map(np.array, obs)
+        if done.any():
+            for old, new in zip(jax.tree.leaves(obs), jax.tree.leaves(reset(done)), strict=True):
+                old[done] = new
+        return obs
 
-def host_env(reset: Callable, step: Callable, num_envs: int, obs_shape, dtype, actions) -> Env:
-    """An Env of numpy functions: reset() -> obs, step(action) -> the fields of a Timestep."""
-    dtype = np.uint8 if dtype == np.uint8 else np.float32
-    obs_type = jax.ShapeDtypeStruct((num_envs, *obs_shape), dtype)
-    reward, flag = [jax.ShapeDtypeStruct((num_envs,), kind) for kind in (np.float32, np.bool_)]
-    types = Timestep(obs_type, obs_type, reward, flag, flag)
-
-    def cast_reset():
-        return np.asarray(reset(), dtype)
-
-    def cast_step(action):
-        parts = zip(step(np.asarray(action)), types, strict=True)
-        return Timestep(*[np.asarray(part, kind.dtype) for part, kind in parts])
+    def host_step(action):
+        next_obs, reward, terminated, truncated, *_ = step(np.asarray(action))
+        obs = replace_ended(next_obs, terminated | truncated)
+        return Timestep(obs, next_obs, reward, terminated, truncated)
 
     def env_reset(key):
-        return jnp.int32(0), io_callback(cast_reset, obs_type, ordered=True)
+        obs = io_callback(lambda: reset(everyone), obs_type, ordered=True)
+        return jnp.asarray(xla[0]) if xla else jnp.int32(0), shape(obs)
 
-    def env_step(key, env_state, action):
-        return env_state, io_callback(cast_step, types, action, ordered=True)
+    def env_step(key, handle, action):
+        if xla:
+            handle, (next_obs, *rest, _) = xla[3](handle, action)
+            done, before = rest[1] | rest[2], (handle, next_obs)
+            # The callback returns the handle too: without that the next step would not wait for it.
+            replace = lambda handle, obs, done: (handle, replace_ended(obs, np.asarray(done)))
+            resets = lambda: io_callback(replace, before, *before, done, ordered=True)
+            handle, obs = jax.lax.cond(done.any(), resets, lambda: before)
+        else:
+            obs, next_obs, *rest = io_callback(host_step, step_type, action, ordered=True)
+        return handle, Timestep(shape(obs), shape(next_obs), *rest)
 
-    return Env(env_reset, env_step, tuple(obs_shape), *actions, hosted=True)
-
-
-def action_spec(space: Any, name: str) -> tuple[int, np.ndarray | None, np.ndarray | None]:
-    """Action space of any suite -> action_size, action_low, action_high."""
-    kind = type(space).__name__
-    if kind == "Discrete" and getattr(space, "start", 0) == 0:
-        return int(space.n), None, None
-    if kind == "Box" and len(space.shape) < 2:
-        size = int(np.prod(space.shape))
-        bounds = [np.broadcast_to(np.asarray(x, np.float32), size) for x in (space.low, space.high)]
-        return size, *bounds
-    fail(f"the actions of {name} are {space}: only Discrete (from 0) and one-dimensional Box work")
+    return env_reset, env_step
 
 
 # --- Logging & checkpoints ------------------------------------------------------------------------
 
 
 class EpisodeStats(NamedTuple):
-    """Returns and lengths of the running episodes and of the last 100 that ended."""
+    """Return and length of the running episodes and of the last 100 that ended."""
 
-    running_return: Array  # [B]
-    running_length: Array  # [B]
-    last_returns: Array  # [100], a ring
-    last_lengths: Array  # [100]
+    running: Array  # [B, 2]
+    last: Array  # [100, 2], a ring, nan where there are fewer
     episodes: Array  # ended so far
 
 
 def init_stats(num_envs: int) -> EpisodeStats:
     """No episode has ended yet."""
-    zeros, nans = jnp.zeros(num_envs), jnp.full(100, jnp.nan)
-    return EpisodeStats(zeros, zeros, nans, nans, jnp.int32(0))
+    return EpisodeStats(jnp.zeros((num_envs, 2)), jnp.full((100, 2), jnp.nan), jnp.int32(0))
 
 
-def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> EpisodeStats:
-    """Adds a rollout's rewards and dones, both [T, B]."""
+def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> tuple[EpisodeStats, dict]:
+    """Adds a rollout's rewards and dones, both [T, B] -> stats, means over the last 100 episodes."""
 
     def add(running, step):
         reward, done = step
-        total = running[0] + reward, running[1] + 1.0
-        return [jnp.where(done, 0.0, x) for x in total], total
+        total = running + jnp.stack([reward, jnp.ones_like(reward)], axis=1)
+        return jnp.where(done[:, None], 0.0, total), total
 
-    running, totals = jax.lax.scan(
-        add, [stats.running_return, stats.running_length], (rewards, dones)
-    )
+    running, totals = jax.lax.scan(add, stats.running, (rewards, dones))
     ended = dones.reshape(-1)  # [T * B]
-    number = jnp.cumsum(ended)  # 1, 2, ... where an episode ended
-    new = number[-1]
-    slot = jnp.where(ended & (number > new - 100), (stats.episodes + number - 1) % 100, 100)
-    last = [
-        ring.at[slot].set(total.reshape(-1), mode="drop")
-        for ring, total in zip((stats.last_returns, stats.last_lengths), totals, strict=True)
-    ]
-    return EpisodeStats(*running, *last, stats.episodes + new)
-
-
-def episode_metrics(stats: EpisodeStats) -> dict[str, Array]:
-    """Means over the last 100 training episodes, nan before the first has ended."""
-    return {
-        "charts/episodic_return": jnp.nanmean(stats.last_returns),
-        "charts/episodic_length": jnp.nanmean(stats.last_lengths),
-        "charts/episodes": stats.episodes,
-    }
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with status 2 and one line on stderr that says what to change."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_known(what: str, name: str, known: Any) -> None:
-    """Ends the program with status 2, naming the nearest, if a name is not among the known."""
-    if name not in known:
-        near = difflib.get_close_matches(name, list(known), 3, 0.5) or sorted(known)[:5]
-        fail(f"unknown {what}: {name}; nearest: {', '.join(near)}")
-
-
-def require(module: str, package: str | None = None) -> Any:
-    """Imports what not every run needs; if it is missing, names the command that installs it."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is missing: pip install '{package or error.name}'")
+    number = stats.episodes + jnp.cumsum(ended)  # of the episode that ended there, from 1
+    slot = jnp.where(ended & (number > number[-1] - 100), number % 100, 100)
+    last = stats.last.at[slot].set(totals.reshape(-1, 2), mode="drop")
+    names = ("charts/episodic_return", "charts/episodic_length", "charts/episodes")
+    metrics = dict(zip(names, (*jnp.nanmean(last, axis=0), number[-1]), strict=True))
+    return EpisodeStats(running, last, number[-1]), metrics
 
 
 def parse_args() -> Args:
     """Reads the command line; after --resume, the run's config.json gives what it leaves out."""
-    args = tyro.cli(Args)
+    args, script = tyro.cli(Args), Path(__file__).name
     if args.resume is None:
         return args
     try:
         config = json.loads((args.resume / "config.json").read_text())
-        saved = config["args"] | {"mask_obs": tuple(config["args"]["mask_obs"])}
+        saved = {k: tuple(x) if isinstance(x, list) else x for k, x in config["args"].items()}
+        if config["script"] != script:
+            raise ValueError(f"it is a run of {config['script']}")
         default = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--resume {args.resume} holds no config.json of a run of {Path(__file__).name}")
-    if config["script"] != Path(__file__).name:
-        fail(f"{args.resume} is a run of {config['script']}: resume it with that script")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--resume {args.resume} holds no config.json of a run of {script}: {error}")
     args = tyro.cli(Args, default=default)
-    for name in {"seed", "num_seeds", "num_envs", "num_steps"} & set(saved):
+    for name in ("seed", "num_seeds", "num_envs", "num_steps"):
         if getattr(args, name) != saved[name]:
             fail(f"--resume cannot change --{name.replace('_', '-')}, which is {saved[name]}")
     return args
 
 
-def check_range(args: Any, names: str, low: float, high: float = float("inf")) -> None:
-    """Ends the program with status 2 unless every named field is in [low, high] or None."""
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
-
-
 def open_run(args: Any) -> Path:
     """Makes the run's folder; one that holds a run already is only taken with --resume."""
-    script, env = Path(__file__).stem, args.env_id.replace("::", "-")
-    env = "".join(x if x.isalnum() or x in "-_." else "-" for x in env)
-    name = f"{script}__{env}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run_dir = args.resume or args.run_dir or Path("runs") / name
+    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
+        if find_spec(module) is None:
+            fail(f"{module} is missing: pip install {module}")
+    name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = args.run_dir or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{os.getpid()}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if args.resume is None and any(run_dir.iterdir()):
-            fail(f"{run_dir} is not empty: choose another --run-dir, or go on with --resume")
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
+        TemporaryFile(dir=run_dir).close()  # may it be written to?
+        if any(run_dir.iterdir()) and not args.resume:
+            raise FileExistsError(f"{run_dir} is not empty")
     except OSError as error:
-        fail(f"cannot write to {run_dir} ({error.strerror}): choose another --run-dir")
+        fail(f"{error}: choose another --run-dir, or go on with --resume")
+    print(f"{args.env_id} -> {run_dir}", flush=True)
     return run_dir
 
 
-def write_config(run_dir: Path, args: Any) -> None:
-    """config.json: the script, its flags and the versions of what it runs on."""
+def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
+    """Writes config.json -> log(step, metrics [num_seeds]) for metrics.csv, TensorBoard and W&B."""
     versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
     config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "versions": versions}
-    write_atomically(run_dir / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    (run_dir / "config.part").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (run_dir / "config.part").replace(run_dir / "config.json")  # a kill leaves the old or the new
+    path, began, launched, trackers = run_dir / "metrics.csv", time.time(), LAUNCHED, []
+    if first_step and path.exists():  # drop what came after the checkpoint
+        header, *lines = path.read_text().splitlines(keepends=True)
+        lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
+        os.truncate(path, len(header) + sum(map(len, lines)))
+        launched -= float(lines[-1].split(",")[1]) if lines else 0.0
+    if args.tensorboard:
+        trackers.append(import_module("tensorboardX").SummaryWriter(str(run_dir)).add_scalar)
+    if args.track:
+        options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+        options["id"] = f"{zlib.crc32(bytes(run_dir.resolve())):x}"  # the same again on resume
+        run = import_module("wandb").init(config=config["args"], **options)
+        trackers.append(lambda name, value, step: run.log({name: value}, step=step))
+    file = path.open("a", buffering=1)  # each line is written at once
+
+    def log(step, metrics):
+        now = time.time()
+        for k, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
+            row = {"step": step, "seconds": round(now - launched, 3), "seed": seed}
+            row["charts/SPS"] = round((step - first_step) / (now - began))
+            row |= {name: float(x[k]) for name, x in metrics.items()}
+            if file.tell() == 0:
+                print(*row, sep=",", file=file)
+            print(*row.values(), sep=",", file=file)
+            for track, name in product(trackers, row):
+                track(f"seed_{seed}/{name}" if args.num_seeds > 1 else name, row[name], step)
+
+    return log
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old text or the new."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text)
-    draft.replace(path)
+def plot_curve(run_dir: Path) -> None:
+    """learning_curve.png: the returns in metrics.csv over the steps, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    rows = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="")
+    axes = Figure(layout="constrained").subplots()
+    for seed in np.unique(rows["seed"]):
+        curve = np.atleast_1d(rows)[rows["seed"] == seed]
+        axes.plot(curve["step"], curve["charts/episodic_return"], label=f"seed {seed:.0f}")
+    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
+    axes.legend(title=run_dir.resolve().name)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 
 def checkpoints(run_dir: Path) -> Any:
     """Orbax writes a checkpoint beside its place and renames it: what is there is complete."""
-    import orbax.checkpoint as ocp
-
+    ocp = import_module("orbax.checkpoint")
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-    folder, handler = (run_dir / "checkpoints").resolve(), ocp.StandardCheckpointHandler()
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
-
-
-def named_arrays(state: Any) -> dict[str, Array]:
-    """Path in the state -> array. As a flat dict, Orbax keeps a state made of any modules."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
 
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
-    """Saves the state as checkpoints/<iteration>, if it is not there already."""
-    import orbax.checkpoint as ocp
-
+    """Saves the arrays of the state as checkpoints/<iteration>, if it is not there already."""
+    arrays = [x for x in jax.tree.leaves(state) if x.size]  # Orbax refuses empty ones
     with checkpoints(run_dir) as manager:
-        if manager.latest_step() != iteration:
-            manager.save(iteration, args=ocp.args.StandardSave(named_arrays(state)))
+        manager.save(iteration, args=import_module("orbax.checkpoint").args.StandardSave(arrays))
 
 
-def load_checkpoint(run_dir: Path, like: Any) -> Any:
-    """The last complete checkpoint of a state with the structure and shapes of `like`."""
-    import orbax.checkpoint as ocp
-
-    def shapes(arrays):
-        return {name: tuple(x.shape) for name, x in arrays.items()}
-
-    def data(x):  # what is stored of a random key
-        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-    arrays = named_arrays(like)
-    with checkpoints(run_dir) as manager:
-        last = manager.latest_step()
-        if last is None:
-            fail(f"{run_dir} has no checkpoint to resume from: start a new run")
-        if shapes(manager.item_metadata(last)) != shapes(jax.tree.map(data, arrays)):
-            fail(
-                f"the checkpoint in {run_dir} does not fit these flags: its own are in config.json"
-            )
-        restored = manager.restore(last, args=ocp.args.StandardRestore(arrays))
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays])
+def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
+    """The last complete checkpoint of a state like `like`; hosted episodes begin anew, as there."""
+    arrays = [x for x in jax.tree.leaves(like) if x.size]
+    form = import_module("orbax.checkpoint").args.StandardRestore(arrays)
+    try:
+        with checkpoints(run_dir) as manager:
+            saved = iter(manager.restore(None, args=form))
+    except (FileNotFoundError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"no checkpoint in {run_dir} fits these flags, its own are in config.json: {reason}")
+    state = jax.tree.map(lambda x: next(saved) if x.size else x, like)
+    if hosted:
+        print("the simulator's state is not saved: new episodes start here")
+        stats = state.episode_stats._replace(running=like.episode_stats.running)
+        state = state._replace(acting=like.acting, episode_stats=stats)
+    return state
 
 
-class Logger:
-    """metrics.csv, the progress line and, if asked for, TensorBoard and Weights & Biases."""
+def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
+    """-> the first state; train(state, n), which runs n iterations at once: losses are their means."""
+    train_iteration = jax.jit(train_iteration)  # so that it is traced once
 
-    def __init__(self, args: Any, run_dir: Path, first_step: int):
-        self.path, self.first_step, self.began = run_dir / "metrics.csv", first_step, time.time()
-        self.seeds = range(args.seed, args.seed + args.num_seeds)
-        self.launched, self.printed, self.trackers = LAUNCHED, 0.0, []
-        if first_step and self.path.exists():  # drop what came after the checkpoint
-            header, *lines = self.path.read_text().splitlines(keepends=True)
-            lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
-            write_atomically(self.path, "".join([header, *lines]))
-            self.launched -= float(lines[-1].split(",")[1]) if lines else 0.0
-        self.bar = tqdm.tqdm(
-            total=args.num_iterations * args.num_envs * args.num_steps,
-            initial=first_step,
-            unit_scale=True,
-            disable=not sys.stderr.isatty(),
-            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
-        )
-        if args.tensorboard:
-            writer = require("tensorboardX").SummaryWriter(str(run_dir))
-            self.trackers.append(writer.add_scalar)
-        if args.track:
-            options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
-            options["id"] = f"{zlib.crc32(bytes(run_dir.resolve())):x}"  # the same again on resume
-            wandb_run = require("wandb").init(config=dataclasses.asdict(args), **options)
-            self.trackers.append(lambda tag, value, step: wandb_run.log({tag: value}, step=step))
+    def train(state, num_iterations):
+        def step(_, carry):
+            state, metrics = train_iteration(carry[0])
+            losses = {name: x / num_iterations for name, x in metrics.items() if "losses/" in name}
+            return state, metrics | {name: x + carry[1][name] for name, x in losses.items()}
 
-    def log(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """Adds a row for each seed; the metrics are arrays [num_seeds]."""
-        now, rows = time.time(), []
-        speed = (step - self.first_step) / (now - self.began)
-        for k, seed in enumerate(self.seeds):
-            row = {"charts/SPS": round(speed)} | {name: float(x[k]) for name, x in metrics.items()}
-            rows.append(
-                {"step": step, "seconds": round(now - self.launched, 3), "seed": seed} | row
-            )
-            prefix = f"seed_{seed}/" if len(self.seeds) > 1 else ""
-            for track in self.trackers:
-                for name, value in row.items():
-                    track(prefix + name, value, step)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
-        progress = f"return {np.mean(metrics['charts/episodic_return']):.1f}"
-        progress += f", {speed * len(self.seeds):,.0f} steps/s"
-        self.bar.set_postfix_str(progress, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (now - self.printed > 2 or step == self.bar.total):
-            self.printed = now
-            print(f"{step:,} of {self.bar.total:,} steps, {progress}", flush=True)
+        metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(train_iteration, state)[1])
+        return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
+
+    with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
+        state = pool.submit(jax.jit(init), key)
+        train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
+    return state.result(), train
 
 
-def plot_curve(run_dir: Path) -> None:
-    """Draws the returns in metrics.csv over the steps, a line for each seed: learning_curve.png."""
-    from matplotlib.figure import Figure
-
-    curves = {}
-    with (run_dir / "metrics.csv").open() as file:
-        for row in csv.DictReader(file):
-            point = (int(row["step"]), float(row["charts/episodic_return"]))
-            curves.setdefault(f"seed {row['seed']}", []).append(point)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
-    axes.set_title(run_dir.resolve().name, fontsize="small")
-    axes.legend()
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
-
-
-@contextmanager
-def catch_signals():
-    """Yields a list that the first Ctrl-C or SIGTERM is noted in; the second ends the program."""
+def note_signals() -> list[int]:
+    """-> a list for the first Ctrl-C or SIGTERM: training then saves and stops. The second kills."""
     caught = []
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
-    """-> the first state, and train(state, n), which runs n iterations in one compiled call."""
-    train_iteration = jax.jit(train_iteration)  # so that it is traced once
-
-    def train(state, num_iterations):
-        metrics = jax.eval_shape(train_iteration, state)[1]
-        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
-        step = lambda _, carry: train_iteration(carry[0])
-        return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
-
-    with ThreadPoolExecutor(1) as pool:  # XLA leaves Python free: compile both at the same time
-        compiled_init = pool.submit(lambda: jax.jit(init).lower(key).compile())
-        state = jax.eval_shape(init, key)
-        train = jax.jit(train, donate_argnums=0).lower(state, 1).compile()
-        return compiled_init.result()(key), train
-
-
-def write_evaluation(run_dir: Path, args: Any, returns: np.ndarray) -> dict:
-    """evaluation.json from greedy returns [num_seeds, episodes]: each seed's, and over the seeds
-    mean and interquartile mean with a 95 % bootstrap interval (arXiv:2108.13264).
-    """
-    numbers = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max, "episodes": np.size}
-    seeds = [{name: float(f(x)) for name, f in numbers.items()} for x in returns]
-    seeds = [{"seed": args.seed + k} | seed for k, seed in enumerate(seeds)]
-    means = returns.mean(axis=1)
-    result = {
-        "env_id": args.eval_env_id or args.env_id,
-        "seeds": seeds,
-        "mean": float(means.mean()),
-    }
-    if len(means) > 1:
-        from scipy import stats
-
-        iqm = partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
-        interval = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
-        result |= {"iqm": float(iqm(means)), "iqm_ci95": [float(x) for x in interval]}
-    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs for the next launch; JAX_COMPILATION_CACHE_DIR moves them."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "unroll"))
-
-
-CALL_STEPS = 1  # each iteration is a call of its own, with a row of metrics.csv
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
 
 
 def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
     """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
-    iteration = int(np.max(state.iteration))
-    iteration_steps = args.num_envs * args.num_steps
-    logger = Logger(args, run_dir, iteration * iteration_steps)
+    iteration, iteration_steps = int(np.max(state.iteration)), args.num_envs * args.num_steps
+    total, first = args.num_iterations * iteration_steps, iteration * iteration_steps
     # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
     strides = [max(1, CALL_STEPS // iteration_steps), args.checkpoint_every or args.num_iterations]
-    reached = False
-    while iteration < args.num_iterations and not reached and not caught:
-        ends = [iteration - iteration % stride + stride for stride in strides]
-        end = min(*ends, args.num_iterations)
-        state, metrics = jax.block_until_ready(train(state, end - iteration))
-        iteration, step = end, end * iteration_steps
-        metrics = {name: np.atleast_1d(values) for name, values in metrics.items()}  # [num_seeds]
-        logger.log(step, metrics)
-        losses = [values for name, values in metrics.items() if name.startswith("losses/")]
-        if not np.isfinite(losses).all():
-            good = checkpoints(run_dir).latest_step() or "none, see --checkpoint-every"
-            sys.exit(f"a loss is nan or inf at step {step}; last checkpoint in {run_dir}: {good}")
-        if args.checkpoint_every and iteration % args.checkpoint_every == 0:
-            save_checkpoint(run_dir, iteration, state)
-        if args.target_return is not None and np.all(metrics["charts/episodes"] >= 100):
-            reached = np.all(metrics["charts/episodic_return"] >= args.target_return)
-    logger.bar.close()
+    log, printed, reached = open_log(args, run_dir, first), 0.0, False
+    with tqdm.tqdm(total=total, initial=first, unit=" steps", unit_scale=True, disable=None) as bar:
+        while iteration < args.num_iterations and not reached and not caught:
+            end = min(args.num_iterations, *[iteration - iteration % n + n for n in strides])
+            state, metrics = jax.block_until_ready(train(state, end - iteration))
+            iteration, step = end, end * iteration_steps
+            metrics = {name: np.atleast_1d(x) for name, x in metrics.items()}  # [num_seeds]
+            log(step, metrics)
+            returns, episodes = metrics["charts/episodic_return"], metrics["charts/episodes"]
+            bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
+            bar.update(step - bar.n)
+            if bar.disable and (time.time() - printed > 2 or step == total):
+                printed = time.time()
+                print(f"{step:,} of {total:,} steps, return {returns.mean():.1f}", flush=True)
+            if not np.isfinite([x for name, x in metrics.items() if "losses/" in name]).all():
+                last = checkpoints(run_dir).latest_step() or "none, see --checkpoint-every"
+                sys.exit(
+                    f"a loss is nan or inf at step {step}; last checkpoint in {run_dir}: {last}"
+                )
+            if args.checkpoint_every and iteration % args.checkpoint_every == 0:
+                save_checkpoint(run_dir, iteration, state)
+            if args.target_return is not None and min(episodes) >= 100:
+                reached = min(returns) >= args.target_return
     if reached:
-        seconds = time.time() - logger.launched
-        print(
-            f"target return {args.target_return:g} reached: {step:,} steps, {seconds:.1f} s",
-            flush=True,
-        )
+        print(f"target return {args.target_return:g} reached: {step:,} steps", flush=True)
     save_checkpoint(run_dir, iteration, state)
     plot_curve(run_dir)
     if caught:
@@ -1194,74 +964,47 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
     return state
 
 
-def resume_state(run_dir: Path, state: Any, hosted: bool) -> Any:
-    """The last checkpoint. What belongs to a simulator outside JAX is not in it: it starts anew."""
-    saved = load_checkpoint(run_dir, state)
-    if not hosted:
-        return saved
-    print("the simulator's state is not saved: new episodes start here")
-    fields = {"env_state", "obs", "acting", "discounted"} & set(state._fields)
-    running = {name: getattr(state.stats, name) for name in ("running_return", "running_length")}
-    fresh = {name: getattr(state, name) for name in fields}
-    return saved._replace(stats=saved.stats._replace(**running), **fresh)
+def write_evaluation(args: Any, run_dir: Path, state: Any, env: Env) -> None:
+    """evaluation.json: greedy returns of each seed; over seeds, IQM and interval, arXiv:2108.13264."""
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    keys = jax.vmap(jax.random.key)(np.array(seeds) + 2**30)  # not the episodes trained on
+    if args.num_seeds == 1:
+        state = jax.tree.map(lambda x: x[None], state)
+    play = lambda state_and_key: evaluate(state_and_key[0], env, state_and_key[1])[0]
+    returns = np.array(jax.jit(partial(jax.lax.map, play))((state, keys)))  # [num_seeds, B]
+    result = {"env_id": args.eval_env_id or args.env_id, "mean": returns.mean(), "seeds": []}
+    for seed, x in zip(seeds, returns, strict=True):
+        own = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
+        result["seeds"].append({"seed": seed, "episodes": x.size} | own)
+    if args.num_seeds > 1:
+        from scipy import stats
+
+        means, iqm = returns.mean(axis=1), partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
+        interval = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
+        result |= {"iqm": iqm(means), "iqm_ci95": [*interval]}
+    (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
+    print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
 
 
-def check_args(args: Args) -> None:
-    """Ends the program with status 2 if a flag has a value that cannot work."""
-    check_range(args, "num_seeds num_envs num_steps buffer_size batch_size num_critics", 1)
-    check_range(args, "actor_hidden_size critic_hidden_size actor_num_blocks critic_num_blocks", 1)
-    check_range(args, "policy_lr q_lr weight_decay learning_starts", 0)
-    check_range(args, "updates_per_step", 0, 1_000)
-    check_range(args, "reward_scale eval_episodes checkpoint_every", 0)
-    check_range(args, "target_entropy_scale", float("-inf"))
-    check_range(args, "gamma tau", 0, 1)
-    check_range(args, "alpha", 1e-8)
-    check_range(args, "seed", 0, 2**30)
-    if args.buffer_size < max(args.batch_size, args.num_envs):
-        fail(f"--buffer-size {args.buffer_size} must hold a batch and a step of all environments")
-    if args.num_iterations < 1:
-        iteration_steps = args.num_envs * args.num_steps
-        fail(f"--total-timesteps must be at least --num-envs x --num-steps, {iteration_steps}")
-    if args.learning_starts >= args.total_timesteps:
-        fail(
-            f"--learning-starts {args.learning_starts} must be below --total-timesteps "
-            f"{args.total_timesteps}, or nothing is learned"
-        )
-
-
-def check_env(env: Env, env_id: str) -> None:
-    """Ends the program with status 2 if this script cannot act in the environment."""
-    if env.action_low is None:
-        fail(f"{env_id} has discrete actions: use dqn.py")
-    if not np.isfinite([env.action_low, env.action_high]).all():
-        fail(f"the actions of {env_id} have no bounds: use ppo_continuous.py")
-    if len(env.obs_shape) != 1:
-        fail(f"the observations of {env_id} are images, and this script is for vectors")
+def make_eval_env(args: Any, env: Env) -> Env:
+    """Where the agent is judged in the end: what cannot work is refused before it is trained."""
+    env_id, num_envs = args.eval_env_id or args.env_id, max(1, args.eval_episodes)
+    eval_env = make_env(env_id, num_envs, args.seed + 2**30, args.env_kwargs, args.mask_obs)
+    if (eval_env.obs_shape, eval_env.action_size) != (env.obs_shape, env.action_size):
+        fail(f"{env_id} has other observations or actions than {args.env_id}")
+    if args.num_seeds > 1 and (env.hosted or eval_env.hosted):
+        fail("--num-seeds needs environments in JAX: start single runs")
+    check_env(env_id, eval_env)
+    return eval_env
 
 
 def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
-    use_compilation_cache()
-
-    def make(env_id, num_envs, seed):
-        env = make_env(env_id, num_envs, seed, args.env_kwargs, args.mask_obs)
-        check_env(env, env_id)
-        return env
-
-    env = make(args.env_id, args.num_envs, args.seed)
-    if env.hosted and args.num_seeds > 1:
-        fail(
-            f"--num-seeds needs an environment in JAX, and {args.env_id} is not: start single runs"
-        )
-    if args.eval_env_id:
-        other = make(args.eval_env_id, 1, 0)
-        if (other.obs_shape, other.action_size) != (env.obs_shape, env.action_size):
-            fail(f"{args.eval_env_id} has other observations or actions than {args.env_id}")
-    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
-        require(module)
+    env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
+    check_env(args.env_id, env)
+    eval_env = make_eval_env(args, env)
     run_dir = open_run(args)
-    print(f"{args.env_id} -> {run_dir}", flush=True)
 
     init, train_iteration = make_train(args, env)
     key = jax.random.key(args.seed)
@@ -1271,20 +1014,10 @@ def main(args: Args) -> Path:
         init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
     state, train = compile_training(init, train_iteration, key)
     if args.resume:
-        state = resume_state(run_dir, state, env.hosted)
-    write_config(run_dir, args)
-    with catch_signals() as caught:
-        state = run_training(args, run_dir, state, train, caught)
-
+        state = load_checkpoint(run_dir, state, env.hosted)
+    state = run_training(args, run_dir, state, train, note_signals())
     if args.eval_episodes:
-        seed = args.seed + 2**30  # other episodes than those trained on
-        env = make(args.eval_env_id or args.env_id, args.eval_episodes, seed)
-        play = jax.jit(lambda state: evaluate(state, env, jax.random.key(seed))[0])
-        states = [state]
-        if args.num_seeds > 1:
-            states = [jax.tree.map(lambda x, k=k: x[k], state) for k in range(args.num_seeds)]
-        result = write_evaluation(run_dir, args, np.stack([play(one) for one in states]))
-        print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
+        write_evaluation(args, run_dir, state, eval_env)
     return run_dir
 
 

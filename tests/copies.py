@@ -22,7 +22,7 @@ VARY = {
     "Agent": "the network is the algorithm's",
     "Transition": "so is what its update needs of a step",
     "rollout": "and how it acts: memory, noise, threads",
-    "LOSS_METRICS": "each loss has its own parts",
+    "Acting": "what acting carries from step to step: a memory, running sums",
     "ppo_loss": "of steps, or of sequences that begin with a memory",
     "Layer": "of a Transformer, with sums or with gates",
     "TrainState": "each algorithm carries its own state",
