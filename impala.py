@@ -55,12 +55,10 @@ import signal
 import sys
 import threading
 import traceback
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import import_module, metadata, util
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -587,8 +585,7 @@ def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -
     suites = {"gymnax": gymnax_env} | hosts
     files = sorted(path.stem for path in Path(__file__).parent.glob("envs/*.py"))
     if suite not in [*suites, *files]:
-        known = ", ".join([*suites, *files])
-        fail(f"--env-id {env_id} must be suite::name, of {known} or a file envs/<suite>.py")
+        fail(f"--env-id must be suite::name, not {env_id}: {', '.join([*suites, *files])}")
     # Simulators give environment i the seed + i, so seeds in a row would share all but one.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
@@ -634,8 +631,7 @@ def action_spec(actions: Any) -> tuple[int, np.ndarray | None, np.ndarray | None
 
 def gymnax_env(name: str, **kwargs) -> tuple:
     """Arguments go to the environment's parameters where they have such a field, else to itself."""
-    import gymnax
-
+    gymnax = import_module("gymnax")
     changes = {x: kwargs.pop(x) for x in vars(gymnax.make(name)[1]) if x in kwargs}
     env, params = gymnax.make(name, **kwargs)
     params = params.replace(**changes)
@@ -674,7 +670,7 @@ def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, en
 
 def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
     """Any registered Gymnasium environment; of package:Name-v0, the package is imported first."""
-    import gymnasium
+    gymnasium = import_module("gymnasium")
 
     def make_one():
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
@@ -690,14 +686,12 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
 
 def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
     """EnvPool's own reset would come one step late. On a Linux CPU its steps are XLA calls."""
-    import envpool
-
-    pool = envpool.make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
+    pool = import_module("envpool").make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
     reset = lambda chosen: pool.reset(np.flatnonzero(chosen).astype(np.int32))[0]
     arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
-    wide = any(np.dtype(array.dtype).itemsize > 4 for array in arrays)  # XLA calls would halve them
-    several = pool.observation_space.shape is None
-    fast = sys.platform == "linux" and jax.default_backend() == "cpu" and not (wide or several)
+    fast = sys.platform == "linux" and jax.default_backend() == "cpu"
+    fast &= all(np.dtype(x.dtype).itemsize <= 4 for x in arrays)  # XLA calls would halve others
+    fast &= pool.observation_space.shape is not None  # one array, not a tree
     return reset, pool.step, pool.action_space, pool.xla() if fast else None
 
 
@@ -795,7 +789,7 @@ def parse_args() -> Args:
 def open_run(args: Any) -> Path:
     """Makes the run's folder; one that holds a run already is only taken with --resume."""
     for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
-        if find_spec(module) is None:
+        if util.find_spec(module) is None:
             fail(f"{module} is missing: pip install {module}")
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = args.run_dir or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{os.getpid()}")
@@ -826,7 +820,7 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
         trackers.append(import_module("tensorboardX").SummaryWriter(str(run_dir)).add_scalar)
     if args.track:
         options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
-        options["id"] = f"{zlib.crc32(bytes(run_dir.resolve())):x}"  # the same again on resume
+        options["id"] = re.sub(r"\W", "-", str(run_dir.resolve()))[-64:]  # the same when resumed
         run = import_module("wandb").init(config=config["args"], **options)
         trackers.append(lambda name, value, step: run.log({name: value}, step=step))
     file = path.open("a", buffering=1)  # each line is written at once
@@ -848,16 +842,15 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
 
 def plot_curve(run_dir: Path) -> None:
     """learning_curve.png: the returns in metrics.csv over the steps, a line for each seed."""
-    from matplotlib.figure import Figure
-
+    figure = import_module("matplotlib.figure").Figure(layout="constrained")
     rows = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="")
-    axes = Figure(layout="constrained").subplots()
+    axes = figure.subplots()
     for seed in np.unique(rows["seed"]):
         curve = np.atleast_1d(rows)[rows["seed"] == seed]
         axes.plot(curve["step"], curve["charts/episodic_return"], label=f"seed {seed:.0f}")
     axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
     axes.legend(title=run_dir.resolve().name)
-    axes.figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 
 def checkpoints(run_dir: Path) -> Any:
@@ -870,8 +863,9 @@ def checkpoints(run_dir: Path) -> Any:
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
     """Saves the arrays of the state as checkpoints/<iteration>, if it is not there already."""
     arrays = [x for x in jax.tree.leaves(state) if x.size]  # Orbax refuses empty ones
+    form = import_module("orbax.checkpoint").args.StandardSave(arrays)
     with checkpoints(run_dir) as manager:
-        manager.save(iteration, args=import_module("orbax.checkpoint").args.StandardSave(arrays))
+        manager.save(iteration, args=form)
 
 
 def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
@@ -890,19 +884,6 @@ def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
         stats = state.episode_stats._replace(running=like.episode_stats.running)
         state = state._replace(acting=like.acting, episode_stats=stats)
     return state
-
-
-def note_signals() -> list[int]:
-    """-> a list for the first Ctrl-C or SIGTERM: training then saves and stops. The second kills."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
 
 
 def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
@@ -946,20 +927,18 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
 
 def write_evaluation(args: Any, run_dir: Path, state: Any, env: Env) -> None:
     """evaluation.json: greedy returns of each seed; over seeds, IQM and interval, arXiv:2108.13264."""
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    keys = jax.vmap(jax.random.key)(np.array(seeds) + 2**30)  # not the episodes trained on
-    if args.num_seeds == 1:
-        state = jax.tree.map(lambda x: x[None], state)
+    seeds = args.seed + np.arange(args.num_seeds)
+    keys = jax.vmap(jax.random.key)(seeds + 2**30)  # other episodes than those trained on
+    state = state if args.num_seeds > 1 else jax.tree.map(lambda x: x[None], state)
     play = lambda state_and_key: evaluate(state_and_key[0], env, state_and_key[1])[0]
     returns = np.array(jax.jit(partial(jax.lax.map, play))((state, keys)))  # [num_seeds, B]
     result = {"env_id": args.eval_env_id or args.env_id, "mean": returns.mean(), "seeds": []}
     for seed, x in zip(seeds, returns, strict=True):
         own = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
-        result["seeds"].append({"seed": seed, "episodes": x.size} | own)
+        result["seeds"].append({"seed": int(seed), "episodes": x.size} | own)
     if args.num_seeds > 1:
-        from scipy import stats
-
-        means, iqm = returns.mean(axis=1), partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
+        stats, means = import_module("scipy.stats"), returns.mean(axis=1)
+        iqm = partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
         interval = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
         result |= {"iqm": iqm(means), "iqm_ci95": [*interval]}
     (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
@@ -988,7 +967,6 @@ def main(args: Args) -> Path:
     check_env(args.env_id, envs[0])
     eval_env = make_eval_env(args, envs[0])
     run_dir = open_run(args)
-
     init, acts, learn = make_parts(args, *envs)
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
@@ -999,8 +977,11 @@ def main(args: Args) -> Path:
     state = jax.jit(init)(key)
     if args.resume:
         state = load_checkpoint(run_dir, state, envs[0].hosted)
+    caught = []  # Ctrl-C or SIGTERM: training stops after the call that runs; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: caught.append(n) or signal.signal(n, signal.SIG_DFL))
     with actor_threads(args, acts, learn, state) as train:
-        state = run_training(args, run_dir, state, train, note_signals())
+        state = run_training(args, run_dir, state, train, caught)
     state = jax.device_put(state, jax.local_devices()[args.learner_device_ids[0]])  # of its copies
     if args.eval_episodes:
         write_evaluation(args, run_dir, state, eval_env)
