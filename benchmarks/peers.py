@@ -1,189 +1,387 @@
-"""Our scripts beside what else pip installs, with the same networks and updates: PPO, SAC,
-recurrent PPO.
+"""Our scripts beside what else pip installs, with the same networks and updates.
 
-    python benchmarks/peers.py                                     # lists the tasks
     python benchmarks/peers.py ppo_speed recurrent_speed ...
 
 No program evaluates. They take turns, each as a process of its own with the compilation cache that
-it has by itself (the peers: none; ours: emptied). Seconds are those of the whole process, the
-steady state what comes after the first quarter of the steps (of memorax the second half, as its
-second call compiles once more). The peers live in virtual environments that this script makes
-(benchmarks/.venv-*).
+it has by itself (the peers: none; ours: emptied). The peers live in virtual environments that this
+program makes (benchmarks/.venv-*). Prints a Markdown table and writes benchmarks/results/<task>.csv.
 
+Whole commands: seconds are those of the whole process, the steady state what comes after the first
+quarter of the steps (of memorax the second half, as its second call compiles once more).
 ppo_speed: LunarLander-v3, 64 environments x 128 steps, 4 epochs of 32 minibatches, 64 x 64 tanh
 networks for actor and critic, 131,072 steps. The peers step Gymnasium's simulators one after the
 other, their default and the fastest of theirs for such a cheap one; ppo.py runs in EnvPool, its
 default, and in the same Gymnasium.
-
 sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each
 step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
-
 recurrent_speed: Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8 minibatches of
 whole rollouts; actor and critic with an encoder of 64, an LSTM of 64 and a linear head each;
 393,216 steps.
 
-For each task it prints a Markdown table and writes benchmarks/results/<task>.csv.
+Steady state alone, on gymnax's CartPole-v1, after a call to compile and warm up.
+cartpole_speed: PPO with 64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k
+steps per timing. rejax runs as it is and with the XLA flag that ppo.py sets for itself; eight seeds
+at once are timed against one; the peak is that of a large matrix product.
+dqn_speed: 10 environments, a gradient step on 128 transitions for each 10 steps, a buffer of
+10,000. Beside rejax: 64 x 64 networks (rejax has no others), double Q-learning. In PureJaxRL's
+configuration: 120 x 84, no double Q-learning; PureJaxRL is in no package index, so it is not run.
+The peak is that of a product of the larger layer's size, 128 x 120 x 84, which XLA runs on one core.
+..._jax012: the same with rejax on jax 0.12, which our simulators do not permit yet.
 """
 
-import csv
+import json
+import re
 import subprocess
 import sys
-import tempfile
 import time
+import venv
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
-from record import ROOT, python_of, without_xla_flags, write
+from record import ROOT, parse_tasks, run_script, show, without_xla_flags, write
 
 ROUNDS = 3
-
-CLOCK_OF_SB3 = """
-import sys, time
-from stable_baselines3.common.callbacks import BaseCallback
-
-class Clock(BaseCallback):
-    # Where each rollout begins: SAC's are single steps, so that both find a quarter of the steps.
-    def _on_step(self):
-        return True
-    def _on_rollout_start(self):
-        if self.num_timesteps == steps // 4:
-            self.quarter = time.perf_counter()
-
-steps, clock = int(sys.argv[1]), Clock()
-"""
-PPO_OF_SB3 = """
-from stable_baselines3.common.env_util import make_vec_env
-if sys.argv[2] == "sbx":
-    from sbx import PPO
-    policy = {}  # 64 x 64 is its default
-else:
-    from stable_baselines3 import PPO
-    policy = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}
-env = make_vec_env("LunarLander-v3", n_envs=64, seed=1)
-model = PPO("MlpPolicy", env, n_steps=128, batch_size=256, n_epochs=4, learning_rate=3e-3,
-            gamma=0.997, gae_lambda=0.95, ent_coef=0.01, policy_kwargs=policy, seed=1, device="cpu")
-"""
-SAC_OF_SBX = """
-from sbx import SAC
-model = SAC("MlpPolicy", sys.argv[2], learning_starts=1000, batch_size=256, buffer_size=100_000,
-            policy_kwargs={"net_arch": [256, 256]}, train_freq=1, gradient_steps=1, seed=1)
-"""
-END_OF_SB3 = """
-model.learn(steps, callback=clock)
-print(0.75 * steps / (time.perf_counter() - clock.quarter))
-"""
-PPO_OF_MEMORAX = """
-import sys, time
-import flax.linen as nn, jax, optax
-from memorax.algorithms import PPO, PPOConfig
-from memorax.environments import environment
-from memorax.networks import MLP, RNN, FeatureExtractor, Network, heads
-
-steps = int(sys.argv[1])
-env, params = environment.make("gymnax::Pendulum-v1")
-config = PPOConfig(name="PPO", num_envs=64, num_eval_envs=1, num_steps=128, gamma=0.95,
-                   gae_lambda=0.95, num_minibatches=8, update_epochs=4, normalize_advantage=True,
-                   clip_coef=0.2, clip_vloss=False, ent_coef=0.0, vf_coef=0.5)
-network = lambda head: Network(
-    FeatureExtractor(observation_extractor=MLP(features=(64,))), RNN(cell=nn.LSTMCell(64)), head)
-tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(2e-3))
-agent = PPO(config, env, params, network(heads.Gaussian(env.action_space(params).shape[0])),
-            network(heads.VNetwork()), tx, tx)
-key, state = agent.init(jax.random.key(1))
-times = []
-for _ in range(4):
-    key, state, _ = jax.block_until_ready(agent.train(key, state, num_steps=steps // 4))
-    times.append(time.perf_counter())
-print(0.5 * steps / (times[-1] - times[1]))  # the second call compiles once more
-"""
+REJAX = ["rejax==0.1.3", "gymnax==0.0.9"]
+PEERS = {  # virtual environment: what is installed there, beside the JAX that we run if no other
+    "rejax": [*REJAX, "gymnasium<1.4"],
+    "rejax-jax012": [*REJAX, "gymnasium==1.4.0", "jax==0.12.0.1"],
+    "sbx": ["sbx-rl==0.28.0", "stable-baselines3==2.9.2", "gymnasium[box2d,mujoco]<1.4"],
+    "memorax": ["memorax==1.0.1", "gymnax==0.0.9"],  # it expects the steps of this gymnax
+}
 
 
-def peer(name: str, program: str, words: list[str], steps: int) -> tuple:
-    """-> seconds of the whole process, steps/s in steady state (its last word)."""
-    command = [python_of(name), "-c", program, str(steps), *words]
-    environment, start = without_xla_flags(), time.perf_counter()
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def packages_of(name: str) -> list[str]:
+    own = any(package.startswith("jax==") for package in PEERS[name])
+    return PEERS[name] if own else [*PEERS[name], f"jax=={version('jax')}"]
+
+
+def python_of(name: str) -> Path:
+    """The interpreter of benchmarks/.venv-<name>; makes it if it is missing or holds something else."""
+    folder = ROOT / "benchmarks" / f".venv-{name}"
+    python, stamp, packages = folder / "bin" / "python", folder / "installed", packages_of(name)
+    if not stamp.exists() or stamp.read_text() != str(packages):
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        stamp.write_text(str(packages))
+    return python
+
+
+def versions_of(name: str) -> str:
+    """What is installed there of the packages that matter."""
+    words = dict.fromkeys(re.match(r"[\w-]+", x)[0] for x in [*packages_of(name), "flax"])
+    program = (
+        "import importlib.metadata as m, sys\n"
+        "print(', '.join(f'{x} {m.version(x)}' for x in sys.argv[1:]))"
+    )
+    command = [python_of(name), "-c", program, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def child(peer: str, function: Callable, *words, xla_flags: str = "", **sizes) -> tuple:
+    """Calls a function of this file in a process of its own, for us (peer "") or a peer
+    -> seconds of the whole process, what the function returns."""
+    python = python_of(peer) if peer else sys.executable
+    command = [python, __file__, "child", function.__name__, json.dumps([words, sizes])]
+    environment = without_xla_flags() | ({"XLA_FLAGS": xla_flags} if xla_flags else {})
+    start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return time.perf_counter() - start, float(done.stdout.split()[-1])
 
 
 def ours(script: str, flags: str, steps: int) -> tuple[float, float]:
-    """-> the same for one of our scripts."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / script, *flags.split(), "--eval-episodes", "0"]
-        command += ["--total-timesteps", str(steps), "--run-dir", f"{folder}/run"]
-        environment = without_xla_flags() | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        seconds = time.perf_counter() - start
-        with open(f"{folder}/run/metrics.csv") as file:
-            points = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+    """One of our scripts -> seconds of the whole process, steps/s in steady state."""
+    flags = f"{flags} --eval-episodes 0 --total-timesteps {steps}"
+    run = run_script(script, flags, cold=True)
+    points = [(int(row["step"]), float(row["seconds"])) for row in run.metrics]
     (first, began), (last, ended) = next(x for x in points if x[0] >= steps // 4), points[-1]
-    return seconds, (last - first) / (ended - began)
+    return run.seconds, (last - first) / (ended - began)
 
+
+# --- Programs: each returns steps/s in steady state -----------------------------------------------
+
+
+def learn_by_sb3(model, steps: int) -> float:
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Clock(BaseCallback):
+        """Where each rollout begins: SAC's are single steps, so that both find a quarter."""
+
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            if self.num_timesteps == steps // 4:
+                self.quarter = time.perf_counter()
+
+    clock = Clock()
+    model.learn(steps, callback=clock)
+    return 0.75 * steps / (time.perf_counter() - clock.quarter)
+
+
+def ppo_by_sb3(library: str, steps: int) -> float:
+    from stable_baselines3.common.env_util import make_vec_env
+
+    if library == "sbx":
+        from sbx import PPO
+
+        policy = {}  # 64 x 64 is its default
+    else:
+        from stable_baselines3 import PPO
+
+        policy = {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}
+    sizes = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "policy_kwargs": policy}
+    rates = {"learning_rate": 3e-3, "gamma": 0.997, "gae_lambda": 0.95, "ent_coef": 0.01}
+    env = make_vec_env("LunarLander-v3", n_envs=64, seed=1)
+    return learn_by_sb3(PPO("MlpPolicy", env, **sizes, **rates, seed=1, device="cpu"), steps)
+
+
+def sac_by_sbx(env_id: str, steps: int) -> float:
+    from sbx import SAC
+
+    sizes = {"learning_starts": 1000, "batch_size": 256, "buffer_size": 100_000}
+    sizes |= {"policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1, "gradient_steps": 1}
+    return learn_by_sb3(SAC("MlpPolicy", env_id, **sizes, seed=1), steps)
+
+
+def ppo_by_memorax(steps: int) -> float:
+    import flax.linen as nn
+    import jax
+    import optax
+    from memorax.algorithms import PPO, PPOConfig
+    from memorax.environments import environment
+    from memorax.networks import MLP, RNN, FeatureExtractor, Network, heads
+
+    env, params = environment.make("gymnax::Pendulum-v1")
+    sizes = {"num_envs": 64, "num_eval_envs": 1, "num_steps": 128, "num_minibatches": 8}
+    sizes |= {"update_epochs": 4, "gamma": 0.95, "gae_lambda": 0.95, "normalize_advantage": True}
+    sizes |= {"clip_coef": 0.2, "clip_vloss": False, "ent_coef": 0.0, "vf_coef": 0.5}
+    encoder = lambda: FeatureExtractor(observation_extractor=MLP(features=(64,)))
+    network = lambda head: Network(encoder(), RNN(cell=nn.LSTMCell(64)), head)
+    actor = network(heads.Gaussian(env.action_space(params).shape[0]))
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(2e-3))
+    config = PPOConfig(name="PPO", **sizes)
+    agent = PPO(config, env, params, actor, network(heads.VNetwork()), tx, tx)
+    key, state = agent.init(jax.random.key(1))
+    times = []
+    for _ in range(4):
+        key, state, _ = jax.block_until_ready(agent.train(key, state, num_steps=steps // 4))
+        times.append(time.perf_counter())
+    return 0.5 * steps / (times[-1] - times[1])  # the second call compiles once more
+
+
+def time_calls(train: Callable, state, calls: int, steps_per_call: int) -> float:
+    """Steps/s of train(state, calls) -> state, after a shorter call to warm up."""
+    import jax
+
+    state = jax.block_until_ready(train(state, max(1, calls // 4)))
+    start = time.perf_counter()
+    jax.block_until_ready(train(state, calls))
+    return calls * steps_per_call / (time.perf_counter() - start)
+
+
+def our_script(name: str):
+    sys.path.insert(0, str(ROOT))
+    return import_module(name)
+
+
+def our_training(script, args, num_seeds: int = 1) -> tuple:
+    """-> train(state, calls) -> state, and the first state."""
+    import jax
+    import jax.numpy as jnp
+
+    env = script.make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs)
+    init, train_iteration = script.make_train(args, env)
+    key = jax.random.key(0)
+    if num_seeds > 1:
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
+        key = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+    state, train = script.compile_training(init, train_iteration, key)
+    return lambda state, calls: train(state, calls)[0], state
+
+
+def training_by_rejax(algorithm, updates: int) -> tuple:
+    """The same for rejax; a call is so many of its iterations."""
+    import jax
+
+    def train(state, calls):
+        body = lambda _, state: algorithm.train_iteration(state)
+        return jax.lax.fori_loop(0, updates * calls, body, state)
+
+    return jax.jit(train, donate_argnums=0), jax.jit(algorithm.init_state)(jax.random.key(0))
+
+
+def our_ppo(num_seeds: int, num_envs: int) -> float:
+    ppo = our_script("ppo")
+    sizes = {"num_envs": num_envs, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
+    sizes |= {"total_timesteps": 2 * max(500_000, num_envs * 128), "anneal_lr": False}
+    rates = {"learning_rate": 5e-4, "gamma": 0.99, "reward_scale": 1.0}
+    args = ppo.Args(env_id="gymnax::CartPole-v1", **sizes, **rates)
+    calls = max(1, 500_000 // args.batch_size)
+    return time_calls(*our_training(ppo, args, num_seeds), calls, args.batch_size)
+
+
+def ppo_by_rejax(num_envs: int) -> float:
+    from rejax import PPO
+
+    batch = num_envs * 128
+    calls = max(1, 500_000 // batch)
+    sizes = {"num_envs": num_envs, "num_steps": 128, "num_minibatches": 4, "num_epochs": 4}
+    sizes |= {"total_timesteps": calls * batch, "eval_freq": calls * batch}
+    rates = {"learning_rate": 5e-4, "gamma": 0.99, "gae_lambda": 0.95, "clip_eps": 0.2}
+    rates |= {"ent_coef": 0.01, "max_grad_norm": 0.5, "agent_kwargs": {"activation": "tanh"}}
+    algorithm = PPO.create(env="CartPole-v1", **sizes, **rates, skip_initial_evaluation=True)
+    return time_calls(*training_by_rejax(algorithm, 1), calls, batch)
+
+
+def our_dqn(hidden_sizes: list[int], double_q: bool) -> float:
+    dqn = our_script("dqn")
+    args = dqn.Args(hidden_sizes=tuple(hidden_sizes), double_q=double_q, anneal_lr=False)
+    train, state = our_training(dqn, args)
+    return time_calls(train, train(state, 20), 200, 1_000)  # 20 iterations: past learning_starts
+
+
+def dqn_by_rejax() -> float:
+    from rejax import DQN
+
+    sizes = {"num_envs": 10, "num_epochs": 1, "batch_size": 128, "buffer_size": 10_000}
+    sizes |= {"fill_buffer": 1_000, "target_update_freq": 500}
+    sizes |= {"total_timesteps": 500_000, "eval_freq": 500_000}
+    rates = {"learning_rate": 2.5e-4, "gamma": 0.99, "agent_kwargs": {"activation": "relu"}}
+    algorithm = DQN.create(env="CartPole-v1", **sizes, **rates, skip_initial_evaluation=True)
+    return time_calls(*training_by_rejax(algorithm, 100), 200, 1_000)
+
+
+def peak(rows: int, columns: int, width: int, number: int, **_) -> float:
+    """GFLOP/s of float32 products [rows, columns] x [columns, width], so many in one program."""
+    import jax
+    import jax.numpy as jnp
+
+    x, w = jnp.ones((rows, columns)), jnp.full((columns, width), 1e-3)
+    body = lambda _, x: x + 1e-9 * (x @ w).sum()
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, number, body, x))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x))
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * columns * width * number / best / 1e9
+
+
+# --- Comparisons ----------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    peer: str  # its virtual environment
+    programs: dict[str, Callable]  # called with a case -> seconds of the process, steps/s
+    cases: list[dict]
+    wide: bool = False  # rows have a column of steps/s for each program, not a row for each
+
+
+PRODUCTS = 2 * ((4 * 64 + 64 * 64 + 64 * 2) + (4 * 64 + 64 * 64 + 64))  # FLOP, both networks
+GFLOP_PER_STEP = PRODUCTS * (1 + 4 * 3) / 1e9  # forward in the rollout, all in each of 4 epochs
 
 PPO = "--num-envs 64 --num-steps 128 --num-minibatches 32 --env-id"
 RPPO = (
     "--env-id gymnax::Pendulum-v1 --mask-obs --num-envs 64 --num-steps 128 --sequence-length 128 "
     "--num-minibatches 8 --update-epochs 4"
 )
-sb3 = lambda body: CLOCK_OF_SB3 + body + END_OF_SB3
-TASKS = {  # name: steps, virtual environment of the peers, programs
-    "ppo_speed": (
-        131_072,
-        "sbx",
-        {
-            "ppo.py, EnvPool": partial(ours, "ppo.py", f"{PPO} envpool::LunarLander-v3"),
-            "ppo.py, Gymnasium": partial(ours, "ppo.py", f"{PPO} gymnasium::LunarLander-v3"),
-            "SBX, Gymnasium": partial(peer, "sbx", sb3(PPO_OF_SB3), ["sbx"]),
-            "Stable-Baselines3, Gymnasium": partial(peer, "sbx", sb3(PPO_OF_SB3), ["sb3"]),
-        },
-    ),
-    "sac_speed_pendulum": (
-        20_000,
-        "sbx",
-        {
-            "sac.py": partial(ours, "sac.py", "--env-id gymnax::Pendulum-v1"),
-            "sbx": partial(peer, "sbx", sb3(SAC_OF_SBX), ["Pendulum-v1"]),
-        },
-    ),
-    "sac_speed_halfcheetah": (
-        10_000,
-        "sbx",
-        {
-            "sac.py": partial(ours, "sac.py", "--env-id envpool::HalfCheetah-v5"),
-            "sbx": partial(peer, "sbx", sb3(SAC_OF_SBX), ["HalfCheetah-v5"]),
-        },
-    ),
-    "recurrent_speed": (
-        393_216,
-        "memorax",
-        {
-            "rppo_continuous.py": partial(ours, "rppo_continuous.py", RPPO),
-            "memorax": partial(peer, "memorax", PPO_OF_MEMORAX, []),
-        },
-    ),
+LANDER_PROGRAMS = {
+    "ppo.py, EnvPool": partial(ours, "ppo.py", f"{PPO} envpool::LunarLander-v3"),
+    "ppo.py, Gymnasium": partial(ours, "ppo.py", f"{PPO} gymnasium::LunarLander-v3"),
+    "SBX, Gymnasium": partial(child, "sbx", ppo_by_sb3, "sbx"),
+    "Stable-Baselines3, Gymnasium": partial(child, "sbx", ppo_by_sb3, "sb3"),
+}
+RECURRENT_PROGRAMS = {
+    "rppo_continuous.py": partial(ours, "rppo_continuous.py", RPPO),
+    "memorax": partial(child, "memorax", ppo_by_memorax),
+}
+
+
+def sac_programs(ours_id: str, theirs_id: str) -> dict:
+    mine = partial(ours, "sac.py", f"--env-id {ours_id}")
+    return {"sac.py": mine, "sbx": partial(child, "sbx", sac_by_sbx, theirs_id)}
+
+
+def cartpole_programs(peer: str) -> dict:
+    flag = "--xla_cpu_prefer_vector_width=512"
+    return {
+        "ppo": partial(child, "", our_ppo, 1),
+        "rejax": partial(child, peer, ppo_by_rejax),
+        "rejax_same_flag": partial(child, peer, ppo_by_rejax, xla_flags=flag),
+        "ppo_8_seeds": partial(child, "", our_ppo, 8),
+        "peak_gflops": partial(child, "", peak, 4096, 4096, 4096, 1),
+    }
+
+
+def dqn_programs(peer: str) -> dict:
+    return {
+        "ours_64_64_double": partial(child, "", our_dqn, [64, 64], True),
+        "rejax_64_64_double": partial(child, peer, dqn_by_rejax),
+        "ours_120_84_double": partial(child, "", our_dqn, [120, 84], True),
+        "ours_120_84": partial(child, "", our_dqn, [120, 84], False),
+        "peak_gflops": partial(child, "", peak, 128, 120, 84, 20_000),
+    }
+
+
+NUM_ENVS = [{"num_envs": 4}, {"num_envs": 64}, {"num_envs": 2048}]
+PENDULUM = sac_programs("gymnax::Pendulum-v1", "Pendulum-v1")
+HALFCHEETAH = sac_programs("envpool::HalfCheetah-v5", "HalfCheetah-v5")
+OLD, NEW = "rejax", "rejax-jax012"
+TASKS = {
+    "ppo_speed": Comparison("sbx", LANDER_PROGRAMS, [{"steps": 131_072}]),
+    "sac_speed_pendulum": Comparison("sbx", PENDULUM, [{"steps": 20_000}]),
+    "sac_speed_halfcheetah": Comparison("sbx", HALFCHEETAH, [{"steps": 10_000}]),
+    "recurrent_speed": Comparison("memorax", RECURRENT_PROGRAMS, [{"steps": 393_216}]),
+    "cartpole_speed": Comparison(OLD, cartpole_programs(OLD), NUM_ENVS, wide=True),
+    "cartpole_speed_jax012": Comparison(NEW, cartpole_programs(NEW), NUM_ENVS, wide=True),
+    "dqn_speed": Comparison(OLD, dqn_programs(OLD), [{}], wide=True),
+    "dqn_speed_jax012": Comparison(NEW, dqn_programs(NEW), [{}], wide=True),
 }
 
 
 def run(task: str) -> None:
-    steps, peers, programs = TASKS[task]
-    rows = []
-    for number in range(ROUNDS):
-        for name, timing in programs.items():
-            seconds, speed = timing(steps)
-            row = {"round": number, "program": name, "seconds": round(seconds, 2)}
-            rows.append(row | {"steps_per_second": round(speed, 1)})
-            print(rows[-1], file=sys.stderr, flush=True)
-        write(task, rows, peers)
-    print(f"| {task}, {steps:,} steps | whole process, s | steady state, steps/s |\n|---|---|---|")
-    for name in programs:
-        own = [row for row in rows if row["program"] == name]
-        seconds, speed = [median(x[key] for x in own) for key in ("seconds", "steps_per_second")]
-        print(f"| {name} | {seconds:.1f} | {speed:,.0f} |")
+    """Rounds in which all programs take a turn -> results/<task>.csv, round by round."""
+    comparison, rows = TASKS[task], []
+    versions = versions_of(comparison.peer)
+    for case in comparison.cases:
+        for number in range(ROUNDS):
+            turns = []
+            for program, timing in comparison.programs.items():
+                seconds, speed = timing(**case)
+                turn = {"round": number, "program": program, "seconds": round(seconds, 2)}
+                turns.append(turn | {"steps_per_second": round(speed, 1)})
+                show({"task": task} | case | turns[-1], heading=not rows and len(turns) == 1)
+            rows += [case | turn for turn in turns]
+            if comparison.wide:
+                speeds = {turn["program"]: round(turn["steps_per_second"]) for turn in turns}
+                turns = [case | {"round": number} | speeds]
+            keys = [*case, "round"] if comparison.wide else ["round"]
+            write(task, turns, *keys, peers=versions)
+        for program in comparison.programs:
+            own = [row for row in rows if row["program"] == program and case.items() <= row.items()]
+            seconds, speed = [
+                median(x[key] for x in own) for key in ("seconds", "steps_per_second")
+            ]
+            print(f"{program}: medians {seconds:.1f} s, {speed:,.0f} steps/s {case or ''}")
+
+
+def files(words: list[str]) -> set[str]:
+    """The raw files that a command line writes."""
+    return {f"{task}.csv" for task in parse_tasks(__doc__, TASKS, words).tasks}
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not set(sys.argv[1:]) <= set(TASKS):
-        sys.exit(f"usage: python benchmarks/peers.py TASK ..., of {', '.join(TASKS)}")
-    for task in sys.argv[1:]:
-        run(task)
+    if sys.argv[1:2] == ["child"]:
+        words, sizes = json.loads(sys.argv[3])
+        print(globals()[sys.argv[2]](*words, **sizes))
+    else:
+        for task in parse_tasks(__doc__, TASKS, sys.argv[1:]).tasks:
+            run(task)

@@ -1,29 +1,33 @@
-"""What the benchmarks share: raw results with their origin, and virtual environments for the peers.
+"""What the benchmarks share: raw results with their origin, their command lines, and our scripts
+as processes.
 
-`write` is called by each benchmark; nothing is run here. results/measured.csv has a row for each
-file of results/: the command, the day, the machine and the versions.
+Nothing is run here. results/measured.csv has a row for each file of results/: the command, the day,
+the machine and the versions (of the last command, where several wrote rows of a file).
+BENCHMARK_RESULTS in the environment names another folder.
 """
 
+import argparse
 import csv
+import fcntl
+import json
 import os
 import platform
-import re
+import shlex
 import subprocess
 import sys
-import venv
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or ROOT / "benchmarks" / "results")
 PACKAGES = ("jax", "flax", "optax", "gymnax", "envpool", "gymnasium")
-PEERS = {  # virtual environment: what is installed there, beside the JAX that we run
-    "rejax": ["rejax==0.1.3", "gymnax==0.0.9", "gymnasium<1.4"],
-    "sbx": ["sbx-rl==0.28.0", "stable-baselines3==2.9.2", "gymnasium[box2d,mujoco]<1.4"],
-    "memorax": ["memorax==1.0.1", "gymnax==0.0.9"],  # it expects the steps of this gymnax
-}
 
 
 def read(name: str) -> list[dict]:
@@ -35,17 +39,37 @@ def read(name: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write(name: str, rows: list[dict], peers: str = "") -> None:
-    """rows -> results/<name>.csv, their origin -> results/measured.csv. peers: see PEERS."""
+def write(name: str, rows: list[dict], *keys: str, peers: str = "") -> None:
+    """rows -> results/<name>.csv, their origin -> results/measured.csv.
+
+    They take the place of those with the same keys, and the others stay; without keys, of all.
+    Programs that write at the same time wait for each other. peers: what they ran beside.
+    """
+    key_of = lambda row: tuple(str(row[key]) for key in keys)
+    number = lambda text: (float(text), "") if text.replace(".", "").isdigit() else (0, text)
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     origin = {"file": f"{name}.csv", "day": date.today().isoformat()}
     origin |= {"command": " ".join(["python", *words]), "machine": machine()}
     origin |= {"python": platform.python_version()}
     origin |= {package: version(package) for package in PACKAGES}
-    origin |= {"peers": versions_of(peers) if peers else "", "noted": "when measured"}
-    others = [row for row in read("measured") if row["file"] != origin["file"]]
-    save(f"{name}.csv", rows)
-    save("measured.csv", sorted([*others, origin], key=lambda row: row["file"]))
+    origin |= {"peers": peers, "noted": "when measured"}
+    new = {key_of(row) for row in rows}
+    with one_at_a_time():
+        rows = [row for row in read(name) if key_of(row) not in new] + rows
+        save(f"{name}.csv", sorted(rows, key=lambda row: [number(text) for text in key_of(row)]))
+        others = [row for row in read("measured") if row["file"] != origin["file"]]
+        save("measured.csv", sorted([*others, origin], key=lambda row: row["file"]))
+
+
+@contextmanager
+def one_at_a_time():
+    """Locks the folder of the results."""
+    folder = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def save(file_name: str, rows: list[dict]) -> None:
@@ -72,27 +96,55 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} x {model}{beside}"
 
 
-def python_of(name: str) -> Path:
-    """The interpreter of benchmarks/.venv-<name>; makes it if it is missing or holds something else."""
-    folder = ROOT / "benchmarks" / f".venv-{name}"
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    packages = [*PEERS[name], f"jax=={version('jax')}"]
-    if not stamp.exists() or stamp.read_text() != str(packages):
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-        stamp.write_text(str(packages))
-    return python
+def parse_tasks(doc: str, names: Iterable[str], words: list[str], seeds=False):
+    """A command line of tasks, and seeds where there are some -> .tasks, .seeds. An empty one prints
+    what there is."""
+    formatter, known = argparse.RawDescriptionHelpFormatter, ["all", *names]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    parser.add_argument("tasks", nargs="+", choices=known, metavar="TASK", help=", ".join(known))
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", help="others than those of the task")
+    args = parser.parse_args(words or ["--help"])
+    args.tasks = known[1:] if "all" in args.tasks else args.tasks
+    return args
 
 
-def versions_of(name: str) -> str:
-    """What is installed there of the packages that matter."""
-    words = [re.match(r"[\w-]+", package)[0] for package in [*PEERS[name], "jax", "flax"]]
-    program = (
-        "import importlib.metadata as m, sys\n"
-        "print(', '.join(f'{x} {m.version(x)}' for x in sys.argv[1:]))"
-    )
-    command = [python_of(name), "-c", program, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def show(row: dict, heading: bool) -> None:
+    """Prints a line of a Markdown table, with its heading before the first."""
+    if heading:
+        print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
+    print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+
+
+class Run(NamedTuple):
+    seconds: float  # of the whole process
+    metrics: list[dict]  # the rows of metrics.csv
+    evaluation: list[dict]  # the seeds of evaluation.json, [] if there was none
+
+
+def run_script(script: str, flags: str, cold: bool = False) -> Run:
+    """One of our scripts as a process; if it is to be timed from cold, without compiled programs."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"} if cold else {}
+        command, start = command_of(script, flags, f"{folder}/run"), time.perf_counter()
+        options = {"stdout": subprocess.DEVNULL, "env": without_xla_flags() | environment}
+        subprocess.run(command, check=True, **options)
+        seconds, result = time.perf_counter() - start, Path(f"{folder}/run/evaluation.json")
+        evaluation = json.loads(result.read_text())["seeds"] if result.exists() else []
+        return Run(seconds, metrics_of(f"{folder}/run"), evaluation)
+
+
+def command_of(script: str, flags: str, run_dir: Path | str) -> list:
+    return [sys.executable, ROOT / script, *shlex.split(flags), "--run-dir", run_dir]
+
+
+def metrics_of(run_dir: Path | str) -> list[dict]:
+    """The rows of its metrics.csv, [] where there is none yet."""
+    path = Path(run_dir) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def without_xla_flags() -> dict:

@@ -14,6 +14,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import record
 import tables
+import tasks
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,12 +24,60 @@ def test_the_tables_are_those_of_the_results_and_the_line_counts_those_of_the_fi
 
 
 @pytest.mark.parametrize(
-    "number", [r"(\d)\.\d ± \d", r"\| 1,\d(\d)\d \(", r"in (\d+)\.\d s \(", r"(\d) of \d+ ≥"]
+    "number",
+    [r"(\d)\.\d ± \d", r"\| [\d,]*(\d) \(\d+\) \|", r"in (\d+)\.\d s \(", r"(\d) of \d+ ≥"],
 )
 def test_a_number_that_was_changed_by_hand_is_noticed(number):
     start, end = re.search(number, README).span(1)
     changed = README[:start] + str(int(README[start:end]) + 1) + README[end:]
     assert tables.fill(changed) == README
+
+
+def header_of(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("script", tasks.SCRIPTS)
+def test_headers_are_held_to_the_results(script):
+    """Also when a single number is another one: of a return, its spread, steps, seeds or seconds."""
+    header = header_of(ROOT / f"{script}.py")
+    assert not tables.false_claims(f"{script}.py", header)
+    kinds = [r"-?(\d+) \+- ", r"\+- (\d+)", r"after (\d+)[kM]", r"(\d+) seeds", r"(\d+) s\b"]
+    for kind in [*kinds, r"([\d.]+) thousand steps/s", r"\w\.py: (\d+)"]:
+        for match in re.finditer(kind, header):
+            start, end = match.span(1)
+            changed = header[:start] + f"{float(match[1]) + 1000:g}" + header[end:]
+            assert tables.false_claims(f"{script}.py", changed), match[0]
+
+
+def test_a_header_may_not_say_what_was_not_measured(monkeypatch):
+    score = lambda mean, steps: [
+        {"seed": f"{k}", "mean": f"{mean + 4 * (-1) ** k}", "steps": f"{steps}"}
+        for k in range(1, 5)
+    ]
+    raw = {
+        "scores_ppo_lunarlander": [
+            *score(279, 1_000_000),
+            {"seed": "77", "mean": "0"},
+        ],  # not asked
+        "curves_ppo_lunarlander": [{"seed": "1.0", "seconds": "17.6"}],
+        "time_to_solve_ppo_lunarlander": [{"seconds": "8.1"}] * 10,
+        "steps_per_second": [{"task": "ppo_lunarlander", "steps_per_second": "74950"}],
+        "scores_ppo_masked_cartpole": score(43, 500_000)[:2],
+        "scores_a2c_lunarlander": score(212, 1_500_000),
+    }
+    monkeypatch.setattr(tables, "read", lambda name: raw.get(name, []))
+    says = lambda text: tables.false_claims("ppo.py", text)
+    assert not says("greedy return 279 +- 4\nafter 1M steps (4 seeds), 75 thousand steps/s")
+    assert not says("279 +- 4 after 1M, ends 8 s after the launch (10 seeds), or 18 s; a2c.py: 212")
+    assert not says("the control 43 +- 4 after 500k (2 seeds)")
+    assert says("279 +- 5 after 1M") == ["279 +- 5 after 1M"]
+    assert says("279 +- 4 after 2M") and says("279 +- 4") and says("280 after 1M")
+    assert says("43 +- 4 after 1M") and says("212 +- 4 after 1.5M")  # of another task or script
+    assert says("279 +- 4 after 1M (2 seeds)") == ["2 seeds"]  # the control's, not quoted here
+    assert says("279 +- 4 after 1M, 18 or 8 s after the launch") == ["18 s after the launch"]
+    assert says("279 +- 4 after 1M in 8 s") == ["8 s"]
+    assert says("43 +- 4 after 500k, 75 thousand steps/s") and says("a2c.py: 211")
 
 
 def commands(text):
@@ -40,35 +89,48 @@ def commands(text):
 
 
 def test_every_command_of_the_readme_and_of_the_headers_parses():
-    texts = [README, *[ast.get_docstring(ast.parse(x.read_text())) for x in ROOT.glob("*.py")]]
+    texts = [README, *map(header_of, ROOT.glob("*.py"))]
     found = [command for text in texts for command in commands(text)]
     assert len(found) > 50
     for name, flags in found:
         tyro.cli(importlib.import_module(name).Args, args=flags)
 
 
-def test_the_benchmarks_can_be_imported():
-    """All but the one that is no more than its steps."""
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        if path.stem != "where_time_goes":
-            importlib.import_module(path.stem)
+@pytest.mark.parametrize("name", [*tasks.TASKS, *tasks.CHAIN])
+def test_the_flags_of_every_task_parse(name):
+    task = (tasks.TASKS | tasks.CHAIN)[name]
+    args = importlib.import_module(Path(task.script).stem).Args
+    tyro.cli(args, args=shlex.split(task.scored_flags))
+
+
+BENCHMARKS = {
+    path.stem: importlib.import_module(path.stem) for path in (ROOT / "benchmarks").glob("*.py")
+}
+
+
+def test_every_benchmark_of_the_readme_parses():
+    found = re.findall(r"python benchmarks/(\w+)\.py(.*?)[`\n]", README)
+    assert {name for name, _ in found} == set(BENCHMARKS) - {"record", "tasks"}
+    for name, words in found:
+        if hasattr(BENCHMARKS[name], "files"):
+            assert BENCHMARKS[name].files(words.replace("TASK ...", "all").split())
 
 
 def test_every_script_and_benchmark_is_listed():
     for path in [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert path.name in README or path.name == "record.py", path.name
+    assert set(tasks.SCRIPTS) == {path.stem for path in ROOT.glob("*.py")} - {"enjoy", "plot"}
 
 
 def test_every_raw_file_says_where_it_comes_from():
-    """measured.csv: its command names a benchmark and one of its tasks; versions and machine are there."""
+    """measured.csv: its command writes that file; versions and machine are there."""
     rows = {row["file"]: row for row in record.read("measured")}
     files = {path.name for path in record.RESULTS.glob("*.csv")}
     assert set(rows) == files - {"measured.csv"}
     for row in rows.values():
         python, path, *words = row["command"].split()
         assert python == "python" and (ROOT / path).is_file(), row
-        tasks = importlib.import_module(Path(path).stem) if words else None
-        assert not words or words[0] in getattr(tasks, "TASKS", {}) | getattr(tasks, "SCRIPTS", {})
+        assert row["file"] in BENCHMARKS[Path(path).stem].files(words), row
         assert all(row[name] for name in ("day", "machine", "python", *record.PACKAGES)), row
 
 

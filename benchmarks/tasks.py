@@ -1,0 +1,150 @@
+"""The tasks of the benchmarks and of the README: a new script or task is a new row here.
+
+run.py measures them, tables.py and figures.py show what it wrote to results/.
+"""
+
+import shlex
+from typing import NamedTuple
+
+ONE, SIX, TEN = range(1, 2), range(1, 7), range(1, 11)
+
+
+class Task(NamedTuple):
+    script: str
+    label: str  # what the README calls it
+    flags: str = ""
+    seeds: tuple[int, ...] | range = range(1, 6)  # whose scores are reported; (): it is only timed
+    bar: float | None = None  # score that counts as solved
+    target: float | None = None  # return that ends a timed launch; None: launches are not timed
+    judge: str = ""  # where the greedy episodes are played, if not where it was trained
+
+    @property
+    def scored_flags(self) -> str:
+        return f"{self.flags} --eval-env-id {self.judge}".strip() if self.judge else self.flags
+
+    @property
+    def command(self) -> str:
+        return f"python {self.script} {self.scored_flags}".strip()
+
+
+SCRIPTS = {  # name: what it is
+    "ppo": "proximal policy optimisation, discrete actions; the root of the collection",
+    "ppo_continuous": "the same for continuous actions, with running normalisation by flag",
+    "ppo_lstm": "PPO with a long short-term memory",
+    "rppo_continuous": "the same for continuous actions, with sequences and burn-in",
+    "ppo_trxl": "PPO with a Transformer-XL memory: relative positions, cached keys and values",
+    "ppo_gtrxl": "the same with GRU gates",
+    "ppo_trxl_pmap": "ppo_trxl.py on many devices and many machines",
+    "a2c": "advantage actor-critic",
+    "impala": "actor threads, a learner and V-trace; actors and learners on different devices by flag",
+    "dqn": "(double) deep Q-network; the replay buffer is part of the compiled loop",
+    "sac": "soft actor-critic with automatic temperature; SimBa's networks by flag",
+}
+
+LANDER, JUDGE = "LunarLander-v3", "gymnasium::LunarLander-v3"  # trained in EnvPool's
+HALFCHEETAH = (
+    "--env-id envpool::HalfCheetah-v5 --num-envs 64 --num-steps 64 --num-minibatches 32 "
+    "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward "
+    "--total-timesteps 1000000"
+)
+LANDER_BY_DQN = (
+    "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 400000 --reward-scale 0.1 "
+    "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
+    "--target-network-frequency 1000 --exploration-fraction 0.3 --hidden-sizes 128 128"
+)
+BREAKOUT_BY_DQN = (
+    "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
+    "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
+    "--exploration-fraction 0.1 --hidden-sizes 128 128"
+)
+HALFCHEETAH_BY_SAC = (
+    "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
+)
+MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
+MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
+CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
+CARTPOLE_BY_PPO = (
+    f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
+    "--learning-rate 2e-3 --gamma 0.99"
+)
+LANDER_BY_LSTM = (
+    "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --num-envs 64 --num-minibatches 16 "
+    "--gamma 0.997"
+)
+LANDER_BY_TRXL = f"{LANDER_BY_LSTM} --memory-length 32 --window-length 32"
+
+RESULTS = {
+    "ppo_lunarlander": Task("ppo.py", LANDER, "", TEN, 200, 200, JUDGE),
+    "ppo_cartpole": Task("ppo.py", "CartPole-v1", "--env-id gymnax::CartPole-v1", (), target=475),
+    "ppo_cartpole_gymnasium": Task(
+        "ppo.py", "CartPole-v1 in Gymnasium", "--env-id gymnasium::CartPole-v1", ()
+    ),
+    "ppo_continuous_pendulum": Task("ppo_continuous.py", "Pendulum-v1", "", TEN, -170, -200),
+    "ppo_continuous_halfcheetah": Task("ppo_continuous.py", "HalfCheetah-v5", HALFCHEETAH),
+    "a2c_lunarlander": Task("a2c.py", LANDER, "", SIX, 200, 200, JUDGE),
+    "impala_lunarlander": Task("impala.py", LANDER, "", SIX, 200, 200, JUDGE),
+    "dqn_cartpole": Task("dqn.py", "CartPole-v1", "", TEN, 475),
+    "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
+    "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
+    "sac_pendulum": Task("sac.py", "Pendulum-v1", "", SIX, -160),
+    "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),
+}
+MEMORY = {
+    "ppo_lstm_cartpole": Task("ppo_lstm.py", MASKED, bar=475, target=475),
+    "ppo_trxl_cartpole": Task("ppo_trxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
+    "ppo_gtrxl_cartpole": Task("ppo_gtrxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
+    "ppo_masked_cartpole": Task("ppo.py", f"{MASKED}, the control", CARTPOLE_BY_PPO, bar=475),
+    "rppo_continuous_pendulum": Task(
+        "rppo_continuous.py", "Pendulum-v1 without velocity", "", TEN, -200, -200
+    ),
+    "ppo_lstm_lunarlander": Task(
+        "ppo_lstm.py", LANDER, LANDER_BY_LSTM, bar=200, target=200, judge=JUDGE
+    ),
+    "ppo_trxl_lunarlander": Task(
+        "ppo_trxl.py", LANDER, LANDER_BY_TRXL, bar=200, target=200, judge=JUDGE
+    ),
+    "ppo_gtrxl_lunarlander": Task(
+        "ppo_gtrxl.py", LANDER, LANDER_BY_TRXL, bar=200, target=200, judge=JUDGE
+    ),
+    "ppo_trxl_memorychain": Task("ppo_trxl.py", CHAIN_100, bar=1),
+    "ppo_gtrxl_memorychain": Task("ppo_gtrxl.py", CHAIN_100, bar=1),
+}
+SUITES = {  # simulators in JAX beside gymnax and Craftax: one seed says that learning works there
+    f"{suite}_{name.lower().replace('-', '_')}": Task(
+        script, name, f"--env-id {suite}::{name} {flags}".strip(), ONE
+    )
+    for suite, script, name, flags in [
+        ("brax", "ppo_continuous.py", "inverted_pendulum", ""),
+        ("mujoco", "ppo_continuous.py", "CartpoleBalance", ""),
+        ("navix", "ppo.py", "Navix-Empty-5x5-v0", ""),
+        ("xminigrid", "ppo.py", "MiniGrid-Empty-5x5", ""),
+        ("jumanji", "ppo.py", "Snake-v1", ""),
+    ]
+}
+SECTIONS = {"results": RESULTS, "memory": MEMORY, "suites": SUITES}  # marks in the README
+TASKS = RESULTS | MEMORY | SUITES
+
+# MemoryChain by its length: the bit is in the first two observations, and the action after `length`
+# steps is to name it (reward 1, or -1). 2,500 episodes or 164k steps, whichever is more.
+LENGTHS = (8, 32, 128, 512)
+CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps as the chain has
+    "ppo": ("no memory (ppo.py)", ""),
+    "ppo_lstm": ("LSTM (ppo_lstm.py)", ""),
+    "ppo_trxl": ("Transformer-XL (ppo_trxl.py)", "--memory-length {length}"),
+    "ppo_gtrxl": ("GTrXL (ppo_gtrxl.py)", "--memory-length {length}"),
+}
+
+
+def chain(script: str, length: int) -> Task:
+    label, flags = CHAIN_SCRIPTS[script]
+    steps = max(20 * 64 * 128, 2_500 * (length + 1))
+    words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
+    words += ["--env-kwargs", f'{{"memory_length": {length}}}', "--num-envs", "64"]
+    words += ["--num-steps", "128", "--learning-rate", "1e-3", "--reward-scale", "1"]
+    words += ["--gamma", "0.99", "--num-minibatches", "8", *flags.format(length=length).split()]
+    return Task(f"{script}.py", label, shlex.join(words))
+
+
+CHAIN = {
+    f"{script}_{length}": chain(script, length) for script in CHAIN_SCRIPTS for length in LENGTHS
+}
