@@ -173,7 +173,6 @@ def draw_gymnax(name: str, args: Any, states: list) -> list[np.ndarray]:
     from gymnax.visualize import Visualizer
 
     kwargs = json.loads(args.env_kwargs)
-    kwargs.pop("action_repeat", None)
     fields = {field.name for field in dataclasses.fields(gymnax.make(name)[1])}
     params = {key: kwargs.pop(key) for key in fields & set(kwargs)}
     env, default = gymnax.make(name, **kwargs)
@@ -305,9 +304,8 @@ def main(args: Args) -> None:
         fail("--fps, --max-frames and --width must be above 0")
 
     state = load_state(script, run_args, args.run, seed)
-    env_seed = run_args.seed + 2**30  # that of the run's own evaluation
-    env = make_env(script, run_args, episodes, env_seed)
-    returns, lengths = play(script, state, env, env_seed)
+    env = make_env(script, run_args, episodes, run_args.seed + 2**30)  # as in the run's evaluation
+    returns, lengths = play(script, state, env, seed + 2**30)
     print(
         f"greedy return over {episodes} episodes: {returns.mean():.1f} +- {returns.std():.1f}, "
         f"{returns.min():.1f} to {returns.max():.1f}, {lengths.mean():.0f} steps"

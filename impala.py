@@ -81,9 +81,7 @@ CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metr
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = (
-        "envpool::LunarLander-v3"  # suite::name (gymnax, envpool, gymnasium, a file in envs/)
-    )
+    env_id: str = "envpool::LunarLander-v3"  # suite::name (gymnax, gymnasium, envpool, envs/)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent

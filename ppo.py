@@ -27,8 +27,8 @@ Huang et al. 2022, "The 37 Implementation Details of PPO" ("detail N": its N-th 
     python ppo.py --resume runs/<run>                         # go on where a run was stopped
 
 Expected, on two CPU cores: greedy return 279 +- 4 after 1M steps (mean and std of 10 seeds, 100
-episodes each in Gymnasium's LunarLander-v3), 19 s for the whole command; --target-return 200 ends
-8 s after the launch (median; benchmarks/ has the raw data).
+episodes each in Gymnasium's LunarLander-v3), 18 s; --target-return 200 ends 8 s after the launch
+(median; benchmarks/ has the raw data).
 
 Differs from the paper: the step size is annealed and the gradient norm clipped, advantages are
 normalised in each minibatch, rewards are scaled, and a time limit is not taken for the end of the
@@ -73,9 +73,7 @@ CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metr
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = (
-        "envpool::LunarLander-v3"  # suite::name (gymnax, envpool, gymnasium, a file in envs/)
-    )
+    env_id: str = "envpool::LunarLander-v3"  # suite::name (gymnax, gymnasium, envpool, envs/)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent

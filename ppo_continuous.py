@@ -21,7 +21,9 @@ Huang et al. 2022, "The 37 Implementation Details of PPO" ("detail N": its N-th 
 cN": its N-th detail for continuous actions).
 
     python ppo_continuous.py                                              # Pendulum-v1
-    python ppo_continuous.py --env-id envpool::HalfCheetah-v5 --norm-obs --norm-reward
+    python ppo_continuous.py --env-id envpool::HalfCheetah-v5 --norm-obs --norm-reward \
+        --num-steps 64 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --gamma 0.99 \
+        --reward-scale 1
     python ppo_continuous.py --env-id gymnasium::my_package:MyEnv-v0      # one of your own
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -154 +- 11 after 500k steps (mean and std
@@ -73,7 +75,7 @@ CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metr
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, envpool, gymnasium, a file in envs/)
+    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, gymnasium, envpool, envs/)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent

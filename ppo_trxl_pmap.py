@@ -21,7 +21,7 @@ Schulman et al. 2017, arXiv:1707.06347 (loss: eq. 9); Dai et al. 2019, arXiv:190
 without its ReLU). "detail N": the N-th core detail of Huang et al. 2022, "The 37 Implementation
 Details of PPO".
 
-    python ppo_trxl_pmap.py                     # Craftax-Symbolic, on all devices of this machine
+    python ppo_trxl_pmap.py                     # Craftax-Symbolic (envs/craftax.py), on all devices
     srun python ppo_trxl_pmap.py                # in a SLURM job with one task for each GPU
     python ppo_trxl_pmap.py --coordinator-address HOST:9000 --num-processes 2 --process-id 0
                                                 # the first of two machines; on the other: 1

@@ -75,7 +75,7 @@ CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metr
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, envpool, gymnasium, a file in envs/)
+    env_id: str = "gymnax::Pendulum-v1"  # suite::name (gymnax, gymnasium, envpool, envs/)
     env_kwargs: str = "{}"  # JSON object of arguments for the environment
     mask_obs: tuple[int, ...] | None = None  # to hide, None: the velocity if gymnax::Pendulum-v1
     seed: int = 1  # seed of the first agent

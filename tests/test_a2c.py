@@ -12,9 +12,7 @@ import a2c
 def make_batch(args):
     env = real_env("a2c")
     state = jax.jit(a2c.make_train(args, env)[0])(jax.random.key(0))
-    _, _, batch = a2c.rollout(
-        state.agent, env, state.env_state, state.obs, jax.random.key(1), args.num_steps
-    )
+    _, batch = a2c.rollout(state.agent, env, state.acting, jax.random.key(1), args.num_steps)
     advantages, returns = jax.random.normal(jax.random.key(2), (2, *batch.value.shape))
     return state.agent, batch, advantages, returns
 

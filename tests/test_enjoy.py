@@ -20,7 +20,7 @@ RUNS = {  # a memory and two seeds; a normaliser and Gymnasium; actors and EnvPo
     "ppo_lstm": "--env-id gymnax::CartPole-v1 --mask-obs 1 3 --num-envs 16 --num-steps 32 "
     "--num-minibatches 4 --num-seeds 2",
     "ppo_continuous": "--env-id gymnasium::Pendulum-v1 --num-envs 4 --num-steps 128 --norm-obs "
-    '--num-minibatches 4 --env-kwargs {"action_repeat":2}',
+    "--num-minibatches 4",
     "impala": "--env-id envpool::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",
 }

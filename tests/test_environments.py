@@ -80,8 +80,9 @@ def gymnasium_loop(name, seed, **kwargs):
     def make_one(b):
         env = gymnasium.make(name, **kwargs)
         flat = gymnasium.wrappers.FlattenObservation(env)
-        seeds = [simulator_seed(seed) + b]  # only the first reset is seeded
-        reset = lambda: flat.reset(seed=seeds.pop() if seeds else None)[0].astype(np.float32)
+        flat.reset(seed=simulator_seed(seed) + b)
+        flat.reset()  # make_env does so too, to see what an observation looks like
+        reset = lambda: flat.reset()[0].astype(np.float32)
 
         def step(action):
             obs, reward, terminated, truncated, _ = flat.step(action)
@@ -146,7 +147,8 @@ def test_gymnasium_flattens_dict_and_tuple_observations():
 def test_gymnasium_refuses_observations_without_a_size(capsys):
     with pytest.raises(SystemExit) as stop:
         ppo.make_env("gymnasium::Boundless-v0", 2)
-    assert stop.value.code == 2 and "do not flatten" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Boundless-v0" in error and error.count("\n") == 1
 
 
 # --- envpool --------------------------------------------------------------------------------------
@@ -230,12 +232,10 @@ def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it():
 
 
 def test_numbers_as_observations_become_one_hot():
-    """Alike in every suite, so that an agent can be judged in another one."""
-    for env_id, size in [("envpool::FrozenLake-v1", 16), ("gymnasium::FrozenLake-v1", 16)]:
-        env = ppo.make_env(env_id, 3)
-        obs = env.reset(jax.random.key(0))[1]
-        assert env.obs_shape == (size,) and obs.shape == (3, size) and obs.dtype == jnp.float32
-        np.testing.assert_array_equal(obs.sum(axis=1), 1.0)
+    env = ppo.make_env("gymnasium::FrozenLake-v1", 3)
+    obs = env.reset(jax.random.key(0))[1]
+    assert env.obs_shape == (16,) and obs.shape == (3, 16) and obs.dtype == jnp.float32
+    np.testing.assert_array_equal(obs.sum(axis=1), 1.0)
 
 
 def test_envpool_joins_dict_observations():
@@ -302,7 +302,7 @@ def test_gymnax_grids_become_vectors():
 
 
 def test_craftax_shares_out_fresh_worlds_and_tells_limit_from_death():
-    """Compared with Craftax's own step for a single world, with the keys that jax_env hands out."""
+    """Compared with Craftax's own step for a single world, with the keys that vmap_env hands out."""
     from craftax.craftax_env import make_craftax_env_from_name
 
     name, num_envs, limit = "Craftax-Classic-Symbolic-v1", 2, 6
@@ -316,10 +316,10 @@ def test_craftax_shares_out_fresh_worlds_and_tells_limit_from_death():
         if t == 9:  # world 1 dies of thirst and hunger
             health = env_state.player_health.at[1].set(0)
             env_state = env_state.replace(player_health=health)
-        reset_key = jax.random.fold_in(key, 0)
+        *step_keys, reset_key = jax.random.split(key, num_envs + 1)
         old = [jax.tree.map(lambda x, b=b: x[b], env_state) for b in range(num_envs)]
         env_state, timestep = step(key, env_state, jnp.array([0, 5]))
-        for b, b_key in enumerate(jax.random.split(key, num_envs)):
+        for b, b_key in enumerate(step_keys):
             obs, _, reward, done, _ = single.step(b_key, old[b], [0, 5][b], params)
             np.testing.assert_allclose(timestep.next_obs[b], obs, atol=1e-6)
             np.testing.assert_allclose(timestep.reward[b], reward, atol=1e-6)
@@ -346,58 +346,51 @@ def test_mask_obs_hides_entries():
     np.testing.assert_array_equal(masked_steps.next_obs, steps.next_obs[..., [0, 2]])
 
 
-def test_action_repeat_adds_rewards_and_keeps_the_end():
-    """Counted against the same environment without repeats, on its own sequence of steps."""
-    kwargs = '{"max_steps_in_episode": 11, "action_repeat": 3}'
-    env = ppo.make_env("gymnax::CartPole-v1", 4, env_kwargs=kwargs)
-    single = ppo.make_env("gymnax::CartPole-v1", 4, env_kwargs='{"max_steps_in_episode": 11}')
-    env_state, obs = env.reset(jax.random.key(0))
-    step, single_step, ends = jax.jit(env.step), jax.jit(single.step), 0
-    for t in range(40):
-        key, action = jax.random.key(t), jnp.array([0, 1, t % 2, t // 2 % 2])
-        state, parts = env_state, []
-        for part_key in jax.random.split(key, 3):
-            state, timestep = single_step(part_key, state, action)
-            parts.append(timestep)
-        env_state, timestep = step(key, env_state, action)
-        for b in range(4):
-            done = [bool(part.terminated[b] | part.truncated[b]) for part in parts]
-            last = done.index(True) if any(done) else 2
-            ends += any(done[:2])
-            assert timestep.reward[b] == sum(part.reward[b] for part in parts[: last + 1])
-            assert timestep.terminated[b] == parts[last].terminated[b]
-            assert timestep.truncated[b] == parts[last].truncated[b]
-            np.testing.assert_allclose(timestep.next_obs[b], parts[last].next_obs[b], atol=1e-6)
-            np.testing.assert_allclose(timestep.obs[b], parts[2].obs[b], atol=1e-6)
-    assert ends > 5  # episodes that ended on the way
+MINE = """
+    import jax
+    import jax.numpy as jnp
+
+    def make(name, size=2, **kwargs):
+        def reset(key):
+            number = jax.random.uniform(key)
+            return {"time": jnp.zeros(size), "number": number}, (0, number)
+
+        def step(key, state, action):
+            time, number = state[0] + 1, jax.random.uniform(key)
+            obs = {"time": jnp.full(size, time), "number": number}
+            return obs, (time, number), action, time == 3, time == 5
+
+        return reset, step, 2, *kwargs.values()
+"""
 
 
-def test_a_suite_of_the_user_s_own(tmp_path, monkeypatch):
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
     (tmp_path / "envs").mkdir()
-    (tmp_path / "envs" / "mine.py").write_text(
-        textwrap.dedent(
-            """
-            import jax.numpy as jnp
-
-            def make(name, num_envs, seed, size=2):
-                def reset(key):
-                    return jnp.zeros(num_envs), jnp.zeros((num_envs, size))
-
-                def step(key, time, action):
-                    done = time + 1 >= 3
-                    next_obs = jnp.full((num_envs, size), time[0] + 1)
-                    time = jnp.where(done, 0.0, time + 1)
-                    obs = jnp.full((num_envs, size), time[0])
-                    return time, (obs, next_obs, action * 1.0, done, done & False)
-
-                return reset, step, (size,), 2
-            """
-        )
-    )
+    (tmp_path / "envs" / "mine.py").write_text(textwrap.dedent(MINE))
     monkeypatch.setattr(ppo, "__file__", str(tmp_path / "ppo.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_suite_of_the_user_s_own(mine):
+    """Its observations are a tree, joined by name: number, time."""
     env = ppo.make_env("mine::Counter", 2, env_kwargs='{"size": 4}')
     _, actions, steps = play(env, 2, 6)
-    assert env.obs_shape == (4,) and env.action_size == 2
-    np.testing.assert_array_equal(steps.next_obs[:, 0, 0], [1, 2, 3, 1, 2, 3])
-    np.testing.assert_array_equal(steps.obs[:, 0, 0], [1, 2, 0, 1, 2, 0])
+    assert env.obs_shape == (5,) and env.action_size == 2
+    np.testing.assert_array_equal(steps.next_obs[:, 0, 1:], np.tile([[1], [2], [3]] * 2, 4))
+    np.testing.assert_array_equal(steps.obs[:, 0, 1], [1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal(steps.reward, actions)
+    assert steps.reward.dtype == np.float32 and not steps.truncated.any()
+
+
+def test_new_episodes_draw_numbers_of_their_own(mine):
+    """Where all environments end at once, nothing that a step drew is drawn again by a reset."""
+    _, _, steps = play(ppo.make_env("mine::Counter", 4), 4, 3)
+    drawn = np.append(steps.next_obs[2, :, 0], steps.obs[2, :, 0])
+    assert len(set(drawn.tolist())) == 8
+
+
+def test_few_new_episodes_are_shared(mine):
+    """envs_per_reset, the fourth of what make returns: 8 environments that end share 2 episodes."""
+    _, _, steps = play(ppo.make_env("mine::Counter", 8, env_kwargs='{"envs_per_reset": 4}'), 8, 3)
+    assert len(set(steps.obs[2, :, 0].tolist())) == 2 and len(set(steps.obs[1, :, 0].tolist())) == 8

@@ -124,10 +124,8 @@ def test_the_ratio_is_1_before_the_first_update(name):
     """What the rollout stored is what the agent computes again, across episode ends."""
     script, args, env = importlib.import_module(name), small_args(name), real_env(name)
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
-    env_state, obs = state.env_state, state.obs
-    if name == "impala":
-        (env_state,), (obs,) = env_state, obs
-    _, last_obs, batch = script.rollout(state.agent, env, env_state, obs, jax.random.key(1), 64)
+    acting = state.acting[0] if name == "impala" else state.acting
+    last, batch = script.rollout(state.agent, env, acting, jax.random.key(1), 64)
     assert batch.done.sum() >= NUM_ENVS
     pi, value = state.agent(batch.obs)
     if "logprob" in batch._fields:
@@ -135,9 +133,8 @@ def test_the_ratio_is_1_before_the_first_update(name):
     if "value" in batch._fields:
         np.testing.assert_allclose(value, batch.value, atol=1e-5)
         # The value that the advantages bootstrap from is that of the next rollout's first step.
-        env_state = script.rollout(state.agent, env, env_state, obs, jax.random.key(1), 64)[0]
-        _, _, after = script.rollout(state.agent, env, env_state, last_obs, jax.random.key(2), 1)
-        np.testing.assert_allclose(state.agent(last_obs)[1], after.value[0], atol=1e-5)
+        _, after = script.rollout(state.agent, env, last, jax.random.key(2), 1)
+        np.testing.assert_allclose(state.agent(last.obs)[1], after.value[0], atol=1e-5)
     assert "logprob" in batch._fields or "value" in batch._fields
 
 
@@ -155,7 +152,7 @@ def test_evaluation_counts_one_greedy_episode_in_each_environment(name):
     expected, length, alive = np.zeros(NUM_ENVS), np.zeros(NUM_ENVS), np.ones(NUM_ENVS, bool)
     step = jax.jit(env.step)
     while alive.any():
-        key, env_key = jax.random.split(key)
+        env_key, key = jax.random.split(key)
         env_state, timestep = step(env_key, env_state, greedy(obs, reset))
         expected += np.where(alive, timestep.reward, 0.0)
         length += alive

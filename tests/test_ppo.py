@@ -99,7 +99,7 @@ def test_the_loss_at_ratio_1_is_what_the_paper_says():
     args = small_args(norm_adv=False, ent_coef=0.3, vf_coef=0.7)
     env = short_cartpole(args)
     state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
-    _, _, batch = ppo.rollout(state.agent, env, state.env_state, state.obs, jax.random.key(1), 8)
+    _, batch = ppo.rollout(state.agent, env, state.acting, jax.random.key(1), 8)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     advantages, returns = jax.random.normal(jax.random.key(2), (2, *batch.value.shape))
     loss, metrics = ppo.ppo_loss(state.agent, batch, advantages, returns, args)
@@ -138,17 +138,31 @@ def test_target_kl_ends_the_epochs_early():
     assert last_kl(0.003) < last_kl(None)
 
 
-def test_random_order_is_a_permutation_that_is_uniform():
-    sizes = [1, 2, 6, 512, 1000]
-    for size in sizes:
-        order = ppo.random_order(jax.random.key(size), size)
-        np.testing.assert_array_equal(np.sort(order), np.arange(size))
-    orders = jax.vmap(lambda key: ppo.random_order(key, 6))(
-        jax.random.split(jax.random.key(0), 6000)
-    )
-    counts = np.stack([np.bincount(orders[:, place], minlength=6) for place in range(6)])
-    chi2 = ((counts - 1000) ** 2 / 1000).sum()
-    assert chi2 < 25 + 5 * 50**0.5  # 25 degrees of freedom: mean 25, variance 50
+def test_an_epoch_takes_each_step_once_in_another_order(monkeypatch):
+    seen, args = [], small_args(num_minibatches=4, update_epochs=3)
+
+    def loss(agent, batch, *rest):
+        jax.debug.callback(lambda x: seen.append(np.array(x)), batch.action, ordered=True)
+        return 0.0 * agent(batch.obs)[1].sum(), {"losses/approx_kl": jnp.float32(0.0)}
+
+    monkeypatch.setattr(ppo, "ppo_loss", loss)
+    init, train_iteration = ppo.make_train(args, short_cartpole(args))
+    rollout = ppo.rollout
+
+    def numbered(*arguments):
+        acting, batch = rollout(*arguments)
+        return acting, batch._replace(
+            action=jnp.arange(args.batch_size).reshape(args.num_steps, -1)
+        )
+
+    monkeypatch.setattr(ppo, "rollout", numbered)
+    jax.block_until_ready(train_iteration(jax.jit(init)(jax.random.key(0))))
+    jax.effects_barrier()
+    epochs = np.stack([x for x in seen if x.shape == (64,)]).reshape(3, -1)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(args.batch_size), (3, 1)))
+    for one, other in [(0, 1), (1, 2), (0, 2)]:  # two random orders agree in one place on average
+        assert (epochs[one] == epochs[other]).sum() < 8
+    assert abs(np.corrcoef(epochs[0], np.arange(args.batch_size))[0, 1]) < 0.3
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -190,14 +204,13 @@ def test_record_episodes_agrees_with_a_plain_loop():
     finished = []
     for _ in range(6):
         rewards, dones = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.2
-        stats = ppo.record_episodes(stats, rewards, dones)
+        stats, metrics = ppo.record_episodes(stats, rewards, dones)
         for reward, done in zip(rewards, dones, strict=True):
             running += np.stack([reward, np.ones(4)], axis=1)
             finished += [tuple(x) for x in running[done]]
             running[done] = 0.0
         assert stats.episodes == len(finished)
         mean_return, mean_length = np.mean(finished[-100:], axis=0)
-        metrics = ppo.episode_metrics(stats)
         np.testing.assert_allclose(metrics["charts/episodic_return"], mean_return, atol=1e-4)
         np.testing.assert_allclose(metrics["charts/episodic_length"], mean_length, atol=1e-4)
     assert len(finished) > 200  # the ring of 100 went round

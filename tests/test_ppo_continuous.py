@@ -43,9 +43,8 @@ def test_only_the_simulator_sees_clipped_actions():
         jax.debug.callback(lambda x: seen.append(np.array(x)), action, ordered=True)
         return env.step(key, env_state, action)
 
-    _, _, batch = script.rollout(
-        state.agent, env._replace(step=step), state.env_state, state.obs, jax.random.key(1), 30
-    )
+    spied = env._replace(step=step)
+    _, batch = script.rollout(state.agent, spied, state.acting, jax.random.key(1), 30)
     jax.effects_barrier()
     assert jnp.abs(batch.action).max() > 3.0
     np.testing.assert_array_equal(np.stack(seen), np.clip(batch.action, -2.0, 2.0))
@@ -89,9 +88,9 @@ def test_the_state_keeps_the_statistics_of_what_was_acted_on():
     rollout = script.rollout
 
     def keep(*arguments):
-        env_state, obs, batch = rollout(*arguments)
+        acting, batch = rollout(*arguments)
         jax.debug.callback(lambda x: acted.append(np.array(x, np.float64)), batch.obs)
-        return env_state, obs, batch
+        return acting, batch
 
     script.rollout = keep
     try:

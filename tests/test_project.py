@@ -32,14 +32,14 @@ def script_metadata(path):
 
 
 def imported(path):
-    """Packages outside the standard library that a script imports, by statement or by require."""
+    """Packages outside the standard library that a script imports, by statement or by import_module."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
             if isinstance(node.args[0], ast.Constant):
                 names.add(node.args[0].value)
     names = {name.partition(".")[0] for name in names}
