@@ -7,6 +7,7 @@
 #   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
+#   "six>=1.16,<2",  # gymnax imports it without saying so
 #   "envpool>=1.2.5,<1.3",
 #   "orbax-checkpoint>=0.12,<0.13",
 #   "tyro>=1.0,<1.1",

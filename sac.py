@@ -8,6 +8,7 @@
 #   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
+#   "six>=1.16,<2",  # gymnax imports it without saying so
 #   "envpool>=1.2.5,<1.3",
 #   "orbax-checkpoint>=0.12,<0.13",
 #   "tyro>=1.0,<1.1",
@@ -22,9 +23,9 @@ Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
 
     python sac.py                                                           # Pendulum-v1
     python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 200000 --learning-starts 5000
-    python sac.py --env-id envpool::HumanoidWalk-v1 --env-kwargs '{"frame_skip": 10}' \
-        --block-type simba --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 \
-        --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
+    python sac.py --env-id envpool::HumanoidWalk-v1 \
+        --env-kwargs '{"frame_skip": 10, "max_episode_steps": 500}' --block-type simba \
+        --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
         --target-entropy-scale 0.5
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -148 +- 12 after 20k steps (mean and std of 6

@@ -1,4 +1,4 @@
-"""Puts the scripts on the path, gives all runs of a session one compilation cache, begins with what takes long.
+"""Puts the scripts on the path, gives all runs of a session one compilation cache, knows --thorough.
 
 XLA's backend optimises little here: what is computed is the same, and a third of the tests' time was its
 compiling.
@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="unroll-cache-"))
@@ -16,7 +18,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run what takes longer, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: takes long, runs with --thorough")
+
+
+def pytest_collection_modifyitems(config, items):
     """Tests that start processes come first, so that none is left to one worker at the end."""
-    first = ["test_ppo_trxl_pmap.py", "test_command_line.py", "test_enjoy.py"]
+    first = ["test_devices.py", "test_command_line.py", "test_enjoy.py"]
     items.sort(key=lambda item: item.path.name not in first)
+    if not config.getoption("--thorough"):
+        long = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
