@@ -3,6 +3,7 @@
 run.py measures them, tables.py and figures.py show what it wrote to results/.
 """
 
+import re
 import shlex
 from typing import NamedTuple
 
@@ -109,16 +110,19 @@ MEMORY = {
     "ppo_trxl_memorychain": Task("ppo_trxl.py", CHAIN_100, bar=1),
     "ppo_gtrxl_memorychain": Task("ppo_gtrxl.py", CHAIN_100, bar=1),
 }
+STEPS, GENTLE = "--total-timesteps", "--learning-rate 1e-3 --reward-scale 1 --gamma 0.99"
 SUITES = {  # simulators in JAX beside gymnax and Craftax: one seed says that learning works there
-    f"{suite}_{name.lower().replace('-', '_')}": Task(
+    re.sub(r"\W+", "_", f"{suite}_{name.lower()}"): Task(
         script, name, f"--env-id {suite}::{name} {flags}".strip(), ONE
     )
     for suite, script, name, flags in [
-        ("brax", "ppo_continuous.py", "inverted_pendulum", ""),
-        ("mujoco", "ppo_continuous.py", "CartpoleBalance", ""),
-        ("navix", "ppo.py", "Navix-Empty-5x5-v0", ""),
-        ("xminigrid", "ppo.py", "MiniGrid-Empty-5x5", ""),
-        ("jumanji", "ppo.py", "Snake-v1", ""),
+        ("brax", "ppo_continuous.py", "inverted_pendulum", f"{STEPS} 300000 --gamma 0.99"),
+        ("mujoco", "ppo_continuous.py", "CartpoleBalance", f"{STEPS} 1000000 --gamma 0.99"),
+        ("navix", "ppo.py", "Navix-Empty-5x5-v0", f"{STEPS} 300000"),
+        ("xminigrid", "ppo.py", "MiniGrid-Empty-5x5", f"{STEPS} 500000 --learning-rate 1e-3"),
+        ("jumanji", "ppo.py", "Snake-v1", f"{STEPS} 3000000 --mask-obs 720 {GENTLE}"),
+        ("gxm", "ppo.py", "Pgx/minatar-breakout", f"{STEPS} 1000000 --reward-scale 1 --gamma 0.99"),
+        ("gymnasium", "ppo_lstm.py", "popgym:popgym-RepeatFirstEasy-v0", f"{STEPS} 500000"),
     ]
 }
 SECTIONS = {"results": RESULTS, "memory": MEMORY, "suites": SUITES}  # marks in the README

@@ -85,6 +85,56 @@ def last_checkpoint(run_dir):
 # --- A run and its files --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """-> run(name, flags): the script's main as the command line calls it, without a process for it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *flags):
+        script = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        return script.main(script.parse_args())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_a_short_run_leaves_its_files_and_goes_on(name, in_process, capfd):
+    """Four iterations and an evaluation; then a fifth and sixth by --resume."""
+    flags = [*SHORT_RUNS[name], "--total-timesteps", 2048, "--run-dir", "here"]
+    run_dir = in_process(name, *flags)
+    files = {"config.json", "metrics.csv", "learning_curve.png", "evaluation.json", "checkpoints"}
+    assert {path.name for path in run_dir.iterdir()} == files
+    assert "greedy return over 5 episodes" in capfd.readouterr().out
+    in_process(name, "--resume", "here", "--total-timesteps", 3072, "--eval-episodes", 0)
+    metrics = rows(run_dir)
+    assert metrics[-1]["step"] == "3072" and len({row["step"] for row in metrics}) == len(metrics)
+    losses = {key: float(x) for key, x in metrics[-1].items() if key.startswith("losses/")}
+    assert len(losses) >= 2 and np.isfinite(list(losses.values())).all()
+    assert last_checkpoint(run_dir) == 6
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_the_packages_that_a_script_names_are_enough(name, tmp_path):
+    """In an environment made from its own block, as `uv run` makes it."""
+    shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path)
+    uv = [sys.executable, "-m", "uv", "run", "--no-project", "--python", sys.executable]
+    command = [*uv, f"{name}.py", *SHORT_RUNS[name], "--total-timesteps", 2048]
+    environment = {
+        key: x for key, x in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")
+    }
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "greedy return over 5 episodes" in done.stdout
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["ppo", "a2c", "ppo_gtrxl", "ppo_trxl_pmap"])  # others: see below
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
@@ -121,6 +171,7 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     assert factorised and all(shape.count(",") == 1 for shape in factorised)
 
 
+@pytest.mark.thorough
 def test_target_return_stops_the_run(tmp_path):
     done = run(*SHORT, "--total-timesteps", 500_000, "--target-return", 100, cwd=tmp_path)
     assert "target return 100 reached" in done.stdout, done.stdout + done.stderr
@@ -131,6 +182,7 @@ def test_target_return_stops_the_run(tmp_path):
     assert int(metrics[-1]["step"]) < 500_000
 
 
+@pytest.mark.thorough
 def test_tensorboard_and_offline_weights_and_biases(tmp_path):
     flags = [*SHORT, "--tensorboard", "--track", "--run-dir", "here"]
     done = run(*flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
@@ -156,6 +208,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(  # a2c.py's state is that of ppo.py
     ("name", "num_seeds"), [(name, 1 + (name == "ppo")) for name in DISTINCT if name != "a2c"]
 )
@@ -210,6 +263,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "number", "status"),
     [("ppo", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143), ("impala", signal.SIGINT, 130)],
@@ -234,6 +288,7 @@ def test_a_stopped_run_saves_and_resumes(tmp_path, name, number, status):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["ppo", "impala", "sac"])
 def test_a_host_simulator_resumes_with_new_episodes_and_says_so(tmp_path, name):
     env_id = "envpool::Pendulum-v1" if name in CONTINUOUS else "envpool::CartPole-v1"
@@ -244,6 +299,7 @@ def test_a_host_simulator_resumes_with_new_episodes_and_says_so(tmp_path, name):
     assert int(rows(tmp_path / "here")[-1]["step"]) == 32768
 
 
+@pytest.mark.thorough
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     flags = [*SHORT, "--learning-rate", "1e30", "--checkpoint-every", 16, "--run-dir", "here"]
     done = run(*flags, cwd=tmp_path)
@@ -383,6 +439,7 @@ def test_bad_input_is_one_clear_line_and_status_2(name, flags, hint, tmp_path, m
     assert list(tmp_path.iterdir()) == []  # no folder of a run that never began
 
 
+@pytest.mark.thorough
 def test_resume_of_what_does_not_fit(tmp_path, monkeypatch, capfd):
     assert run(*SHORT, "--run-dir", "here", cwd=tmp_path).returncode == 0
     config = (tmp_path / "here" / "config.json").read_text()
@@ -422,6 +479,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert not (tmp_path / "here").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["ppo", "impala"])
 def test_an_environment_that_raises_shows_its_own_traceback(tmp_path, name):
     """impala.py: although it raises in an actor's thread."""
