@@ -14,6 +14,7 @@ import copies
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import ROOT
 
 import ppo
@@ -32,6 +33,12 @@ MEMORY = [
 # ppo_gtrxl.py differs from ppo_trxl.py by its gates alone: where time counts, one of them will do.
 DISTINCT = [name for name in SCRIPTS if name != "ppo_gtrxl"]
 NUM_ENVS = 16
+
+
+def quick(names, *chosen):
+    """Parameters for all names, of which only the chosen ones run without --thorough."""
+    marks = lambda name: () if name in chosen else (pytest.mark.thorough,)
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 def probe(observe, reward, terminated=None, truncated=None, continuous=False, num_envs=NUM_ENVS):

@@ -301,6 +301,7 @@ def test_gymnax_grids_become_vectors():
 # --- craftax --------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_craftax_shares_out_fresh_worlds_and_tells_limit_from_death():
     """Compared with Craftax's own step for a single world, with the keys that vmap_env hands out."""
     from craftax.craftax_env import make_craftax_env_from_name

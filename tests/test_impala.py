@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from probes import real_env, run_on_devices, small_args
-from test_ppo import trajectory
+from probes import quick, real_env, run_on_devices, small_args
+from test_on_policy import trajectory
 
 import impala
 import ppo
@@ -160,7 +160,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("num_actor_threads", [1, 2])
+@pytest.mark.parametrize("num_actor_threads", quick([1, 2], 2))
 def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
     """Bit for bit, over several calls, and each time that it is run."""
     args = small_args("impala", num_actor_threads=num_actor_threads)
@@ -182,6 +182,7 @@ def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
         assert not [x for x in threading.enumerate() if x.name == "actor"]
 
 
+@pytest.mark.thorough
 def test_the_actors_are_one_update_behind():
     args = small_args("impala")
     (env,), state = start(args)
@@ -216,6 +217,7 @@ def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
     assert not [x for x in threading.enumerate() if x.name == "actor"]
 
 
+@pytest.mark.thorough
 def test_devices_share_the_work_and_change_nothing(tmp_path):
     """Two actor devices and two learner devices of four, against one: to rounding."""
     program = """
@@ -241,6 +243,7 @@ def test_devices_share_the_work_and_change_nothing(tmp_path):
     assert done.stdout.strip() == "the same", done.stderr
 
 
+@pytest.mark.thorough
 def test_the_command_for_four_devices_trains_and_evaluates(tmp_path):
     """EnvPool's steps cannot be split over devices, so the evaluation must leave the learners'."""
     flags = "--num-envs 12 --num-actor-threads 2 --actor-device-ids 0 --learner-device-ids 1 2 3 "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from probes import CONTINUOUS, DISTINCT, MEMORY, NUM_ENVS, learn, probe, real_env, small_args
+from probes import CONTINUOUS, DISTINCT, MEMORY, NUM_ENVS, learn, probe, quick, real_env, small_args
 
 import ppo_gtrxl
 import ppo_lstm
@@ -76,9 +76,10 @@ def assert_close(one, other, **tolerance):
         np.testing.assert_allclose(x, y, **({"atol": 2e-5, "rtol": 1e-4} | tolerance))
 
 
-VARIANTS = [(name, {}) for name in MEMORY]
-VARIANTS += [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
-VARIANTS += [("ppo_trxl", {"num_layers": 1, "num_heads": 1, "memory_length": 1})]
+VARIANTS = [(name, {}) for name in MEMORY]  # the others are for --thorough
+OTHERS = [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
+OTHERS += [("ppo_trxl", {"num_layers": 1, "num_heads": 1, "memory_length": 1})]
+VARIANTS += [pytest.param(*variant, marks=pytest.mark.thorough) for variant in OTHERS]
 
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
@@ -92,6 +93,7 @@ def test_unroll_is_as_many_steps_and_the_sum_of_its_pieces(name, changes):
     assert_close(whole, unroll(agent, memory, obs, reset, [1, 9, 1, 13]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
 def test_a_first_memory_needs_no_reset(name, changes):
     agent = agent_of(name, **changes)
@@ -151,7 +153,7 @@ def test_the_ratio_is_1_before_the_first_update(name):
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("name", quick(MEMORY, "ppo_lstm", "ppo_trxl"))
 def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name):
     script, env = importlib.import_module(name), real_env(name, limit=7)
     agent = agent_of(name)
@@ -164,6 +166,7 @@ def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name
     np.testing.assert_allclose(batch.final_value[6][cut], without_limit.value[7][cut], atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
 def test_the_first_minibatches_have_ratio_1(name):
     """With a step size of 0, in the whole of the second update: windows begin with the memory that
@@ -194,7 +197,7 @@ def memory_probe(name):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
+@pytest.mark.parametrize("name", quick(sorted(set(MEMORY) & set(DISTINCT)), "ppo_lstm"))
 def test_a_memory_of_one_step_is_learned(name):
     learned, script = learn(name, memory_probe(name), 60), importlib.import_module(name)
     returns = [
@@ -204,6 +207,7 @@ def test_a_memory_of_one_step_is_learned(name):
     np.testing.assert_array_equal(jnp.stack(returns), 1.0)
 
 
+@pytest.mark.thorough
 def test_without_memory_it_stays_at_chance():
     """The observation at the second step is always the same, so is the most probable action."""
     import ppo
@@ -214,6 +218,7 @@ def test_without_memory_it_stays_at_chance():
     assert abs(returns.mean()) < 4 / returns.size**0.5  # four standard errors of fair coins
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
 def test_a_time_limit_is_bootstrapped_with_the_memory(name):
     """Reward 1 at each step of an episode of 3 or 9 steps, cut by a limit: V is near 1 / (1 - gamma)
@@ -231,6 +236,7 @@ def test_a_time_limit_is_bootstrapped_with_the_memory(name):
 # --- ppo_lstm.py and rppo_continuous.py -----------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_recomputed_carries_are_those_of_the_agent_that_acts():
     """The rollout begins with the carry that the new agent has after the last rollout."""
     args, env = small_args("ppo_lstm", recompute_carries=True), real_env("ppo_lstm")
@@ -254,6 +260,7 @@ def sequences(args, seed=0):
     return agent, batch, after
 
 
+@pytest.mark.thorough
 def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
     args = small_args("rppo_continuous", burn_in=3, norm_adv=False)
     agent, batch, after = sequences(args)
@@ -294,6 +301,7 @@ def test_replaying_a_batch_with_the_same_agent_changes_nothing():
     assert jnp.abs(fresh.value - batch.value).max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_advantages_are_recomputed_before_each_epoch_or_stay(monkeypatch):
     """What the loss is given in each epoch: by default the same, however the agent has changed."""
     given, loss = [], rppo_continuous.ppo_loss
@@ -394,6 +402,7 @@ def test_a_gate_of_large_bias_lets_nothing_through():
     assert jnp.abs(gate(x, y)).max() < 1 and jnp.abs(gate(x, y) - gate(x, 2 * y)).max() > 1e-2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("encoding", ["relative", "absolute", "learned"])
 def test_bfloat16_computes_nearly_the_same_in_half_the_memory(encoding):
     agent = agent_of("ppo_trxl", positional_encoding=encoding)

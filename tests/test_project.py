@@ -1,15 +1,21 @@
-"""What the project declares agrees with what the scripts need."""
+"""What the project says of itself is true: packages, copies, headers, the README and its numbers."""
 
 import ast
+import importlib
 import re
+import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import copies
 import pytest
+import tyro
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+# === test_project.py ===
+
 SCRIPTS = copies.scripts(ROOT)
 LOCAL = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
 PACKAGE_OF = {
@@ -73,3 +79,230 @@ def test_the_tests_need_nothing_that_is_not_declared():
     for path in (ROOT / "tests").glob("*.py"):
         needed = imported(path) - LOCAL - {"numpy", "scipy"}
         assert needed <= set(everything), f"{path.name}: {needed - set(everything)}"
+
+
+# === test_copies.py ===
+
+ROOT_SCRIPT = '''
+LIMIT = 3
+
+
+def shared(x):
+    """The text that counts."""
+    return x + LIMIT
+
+
+class Args:
+    seed = 1
+
+
+def make_train():
+    return shared(1)
+'''
+
+SIBLING = """
+LIMIT = 4
+
+
+def own():
+    return 0
+
+
+@staticmethod
+def shared(x):
+    return x + LIMIT + 1
+
+
+class Args:
+    seed = 2
+
+
+def make_train():
+    return shared(2)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "ppo.py").write_text(ROOT_SCRIPT)
+    (tmp_path / "a_sibling.py").write_text(SIBLING)
+    (tmp_path / "plot.py").write_text("LIMIT = 5\n")  # no script of the collection: no make_train
+    return tmp_path
+
+
+def test_differences_are_found_and_names_that_vary_are_not(folder):
+    assert sorted(copies.compare(folder)) == [
+        "a_sibling.py: LIMIT differs from ppo.py",
+        "a_sibling.py: shared differs from ppo.py",
+    ]
+
+
+def test_fix_copies_the_root_text_and_nothing_else(folder):
+    copies.compare(folder, fix=True)
+    mended = (folder / "a_sibling.py").read_text()
+    assert copies.compare(folder) == []
+    assert "LIMIT = 3" in mended and '"""The text that counts."""' in mended
+    assert "@staticmethod" not in mended
+    assert "seed = 2" in mended and "return shared(2)" in mended and "def own" in mended
+    assert (folder / "ppo.py").read_text() == ROOT_SCRIPT
+    assert (folder / "plot.py").read_text() == "LIMIT = 5\n"
+
+
+def test_missing_plumbing_is_found_and_put_in_its_place(folder):
+    plumbing = (
+        "\n\n# --- Environment ---\n\n\ndef one():\n    return 1\n\n\ndef two():\n    return 2\n"
+    )
+    (folder / "ppo.py").write_text(ROOT_SCRIPT + plumbing)
+    sibling = SIBLING + "\n\ndef one():\n    return 1\n\n\ndef three():\n    return 3\n"
+    (folder / "a_sibling.py").write_text(sibling)
+    assert "a_sibling.py: two is missing" in copies.compare(folder, fix=True)
+    assert copies.compare(folder) == []
+    mended = (folder / "a_sibling.py").read_text()
+    assert mended.index("def one") < mended.index("def two") < mended.index("def three")
+
+
+def test_the_real_scripts_agree():
+    command = [sys.executable, str(Path(copies.__file__))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# === test_readme.py ===
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import record
+import tables
+import tasks
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tables_are_those_of_the_results_and_the_line_counts_those_of_the_files():
+    assert tables.fill(README) == README, "run: python benchmarks/tables.py --write"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [r"(\d)\.\d ± \d", r"\| [\d,]*(\d) \(\d+\) \|", r"in (\d+)\.\d s \(", r"(\d) of \d+ ≥"],
+)
+def test_a_number_that_was_changed_by_hand_is_noticed(number):
+    start, end = re.search(number, README).span(1)
+    changed = README[:start] + str(int(README[start:end]) + 1) + README[end:]
+    assert tables.fill(changed) == README
+
+
+def header_of(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("script", tasks.SCRIPTS)
+def test_headers_are_held_to_the_results(script):
+    """Also when a single number is another one: of a return, its spread, steps, seeds or seconds."""
+    header = header_of(ROOT / f"{script}.py")
+    assert not tables.false_claims(f"{script}.py", header)
+    kinds = [r"-?(\d+) \+- ", r"\+- (\d+)", r"after (\d+)[kM]", r"(\d+) seeds", r"(\d+) s\b"]
+    for kind in [*kinds, r"([\d.]+) thousand steps/s", r"\w\.py: (\d+)"]:
+        for match in re.finditer(kind, header):
+            start, end = match.span(1)
+            changed = header[:start] + f"{float(match[1]) + 1000:g}" + header[end:]
+            assert tables.false_claims(f"{script}.py", changed), match[0]
+
+
+def test_a_header_may_not_say_what_was_not_measured(monkeypatch):
+    score = lambda mean, steps: [
+        {"seed": f"{k}", "mean": f"{mean + 4 * (-1) ** k}", "steps": f"{steps}"}
+        for k in range(1, 5)
+    ]
+    raw = {
+        "scores_ppo_lunarlander": [
+            *score(279, 1_000_000),
+            {"seed": "77", "mean": "0"},
+        ],  # not asked
+        "curves_ppo_lunarlander": [{"seed": "1.0", "seconds": "17.6"}],
+        "time_to_solve_ppo_lunarlander": [{"seconds": "8.1"}] * 10,
+        "steps_per_second": [{"task": "ppo_lunarlander", "steps_per_second": "74950"}],
+        "scores_ppo_masked_cartpole": score(43, 500_000)[:2],
+        "scores_a2c_lunarlander": score(212, 1_500_000),
+    }
+    monkeypatch.setattr(tables, "read", lambda name: raw.get(name, []))
+    says = lambda text: tables.false_claims("ppo.py", text)
+    assert not says("greedy return 279 +- 4\nafter 1M steps (4 seeds), 75 thousand steps/s")
+    assert not says("279 +- 4 after 1M, ends 8 s after the launch (10 seeds), or 18 s; a2c.py: 212")
+    assert not says("the control 43 +- 4 after 500k (2 seeds)")
+    assert says("279 +- 5 after 1M") == ["279 +- 5 after 1M"]
+    assert says("279 +- 4 after 2M") and says("279 +- 4") and says("280 after 1M")
+    assert says("43 +- 4 after 1M") and says("212 +- 4 after 1.5M")  # of another task or script
+    assert says("279 +- 4 after 1M (2 seeds)") == ["2 seeds"]  # the control's, not quoted here
+    assert says("279 +- 4 after 1M, 18 or 8 s after the launch") == ["18 s after the launch"]
+    assert says("279 +- 4 after 1M in 8 s") == ["8 s"]
+    assert says("43 +- 4 after 500k, 75 thousand steps/s") and says("a2c.py: 211")
+
+
+def commands(text):
+    """Script and flags of each "python script.py ..." that has a line of its own."""
+    text = text.replace("\\\n", " ")
+    for name, flags in re.findall(r"^[^`\n]*python (\w+)\.py\b(.*)$", text, re.MULTILINE):
+        if (ROOT / f"{name}.py").exists() and not re.search(r"\.\.\.|--help", flags):
+            yield name, shlex.split(flags.partition("  #")[0])
+
+
+def test_every_command_of_the_readme_and_of_the_headers_parses():
+    texts = [README, *map(header_of, ROOT.glob("*.py"))]
+    found = [command for text in texts for command in commands(text)]
+    assert len(found) > 50
+    for name, flags in found:
+        tyro.cli(importlib.import_module(name).Args, args=flags)
+
+
+@pytest.mark.parametrize("name", [*tasks.TASKS, *tasks.CHAIN])
+def test_the_flags_of_every_task_parse(name):
+    task = (tasks.TASKS | tasks.CHAIN)[name]
+    args = importlib.import_module(Path(task.script).stem).Args
+    tyro.cli(args, args=shlex.split(task.scored_flags))
+
+
+BENCHMARKS = {
+    path.stem: importlib.import_module(path.stem) for path in (ROOT / "benchmarks").glob("*.py")
+}
+
+
+def test_every_benchmark_of_the_readme_parses():
+    found = re.findall(r"python benchmarks/(\w+)\.py(.*?)[`\n]", README)
+    assert {name for name, _ in found} == set(BENCHMARKS) - {"record", "tasks"}
+    for name, words in found:
+        if hasattr(BENCHMARKS[name], "files"):
+            assert BENCHMARKS[name].files(words.replace("TASK ...", "all").split())
+
+
+def test_every_script_and_benchmark_is_listed():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert path.name in README or path.name == "record.py", path.name
+    assert set(tasks.SCRIPTS) == {path.stem for path in ROOT.glob("*.py")} - {"enjoy", "plot"}
+
+
+def test_every_raw_file_says_where_it_comes_from():
+    """measured.csv: its command writes that file; versions and machine are there."""
+    rows = {row["file"]: row for row in record.read("measured")}
+    files = {path.name for path in record.RESULTS.glob("*.csv")}
+    assert set(rows) == files - {"measured.csv"}
+    for row in rows.values():
+        python, path, *words = row["command"].split()
+        assert python == "python" and (ROOT / path).is_file(), row
+        assert row["file"] in BENCHMARKS[Path(path).stem].files(words), row
+        assert all(row[name] for name in ("day", "machine", "python", *record.PACKAGES)), row
+
+
+def test_links_lead_somewhere_and_the_page_is_light():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    local = {link for link in links if not link.startswith(("http", "#"))}
+    missing = [link for link in local if not (ROOT / link).is_file()]
+    assert not missing
+    headings = {
+        re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-")
+        for x in re.findall(r"^#+ (.*)", README, re.M)
+    }
+    assert {link[1:] for link in links if link.startswith("#")} <= headings
+    pictures = {link for link in local if link.startswith("assets/")}
+    assert {f"assets/{path.name}" for path in (ROOT / "assets").iterdir()} == pictures
+    sizes = [(ROOT / link).stat().st_size for link in pictures]
+    assert max(sizes) < 1_000_000 and sum(sizes) + len(README) < 5_000_000

@@ -13,6 +13,8 @@ import pytest
 
 import ppo
 
+pytestmark = pytest.mark.thorough
+
 INSTALL = {
     "mujoco_playground": "pip install playground",
     "popgym_arcade": "pip install --no-deps popgym-arcade dm-pix jaxtyping wadler-lindig",

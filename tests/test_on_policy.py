@@ -1,12 +1,19 @@
-"""The algorithm in ppo.py: estimators, losses, randomness, and learning on probe environments."""
+"""ppo.py, a2c.py and ppo_continuous.py: estimators, losses, the Gaussian, running normalisation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
+from flax import nnx
+from probes import real_env, small_args
+from scipy import stats
 
+import a2c
 import ppo
+import ppo_continuous
+
+# === test_ppo.py ===
 
 GAMMA, LAMBDA = 0.97, 0.9
 
@@ -86,7 +93,7 @@ def test_gae_agrees_with_rlax_with_ends_and_time_limits():
 # --- Rollout and loss -----------------------------------------------------------------------------
 
 
-def small_args(**changes):
+def ppo_args(**changes):
     fields = {"num_envs": 8, "num_steps": 32, "num_minibatches": 4, "total_timesteps": 8 * 32 * 10}
     return ppo.Args(**{"env_id": "gymnax::CartPole-v1", **fields, **changes})
 
@@ -96,7 +103,7 @@ def short_cartpole(args):
 
 
 def test_the_loss_at_ratio_1_is_what_the_paper_says():
-    args = small_args(norm_adv=False, ent_coef=0.3, vf_coef=0.7)
+    args = ppo_args(norm_adv=False, ent_coef=0.3, vf_coef=0.7)
     env = short_cartpole(args)
     state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
     _, batch = ppo.rollout(state.agent, env, state.acting, jax.random.key(1), 8)
@@ -114,7 +121,7 @@ def test_the_loss_at_ratio_1_is_what_the_paper_says():
 @pytest.mark.parametrize(("advantage", "moves"), [(1.0, False), (-1.0, True)])
 def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
     """At ratio 1.5 a good action has no gradient left, a bad one still has (eq. 7)."""
-    args = small_args(norm_adv=False, ent_coef=0.0, vf_coef=0.0)
+    args = ppo_args(norm_adv=False, ent_coef=0.0, vf_coef=0.0)
     env = short_cartpole(args)
     state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
     obs = jax.random.normal(jax.random.key(1), (16, 4))
@@ -131,7 +138,7 @@ def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
 
 def test_target_kl_ends_the_epochs_early():
     def last_kl(target_kl):
-        args = small_args(update_epochs=20, target_kl=target_kl, learning_rate=0.01)
+        args = ppo_args(update_epochs=20, target_kl=target_kl, learning_rate=0.01)
         init, train_iteration = ppo.make_train(args, short_cartpole(args))
         return jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[1]["losses/approx_kl"]
 
@@ -139,7 +146,7 @@ def test_target_kl_ends_the_epochs_early():
 
 
 def test_an_epoch_takes_each_step_once_in_another_order(monkeypatch):
-    seen, args = [], small_args(num_minibatches=4, update_epochs=3)
+    seen, args = [], ppo_args(num_minibatches=4, update_epochs=3)
 
     def loss(agent, batch, *rest):
         jax.debug.callback(lambda x: seen.append(np.array(x)), batch.action, ordered=True)
@@ -176,9 +183,10 @@ def run_iterations(args, env, num_iterations, key=None):
     return state, metrics
 
 
+@pytest.mark.thorough
 def test_a_seed_determines_the_metrics_with_a_host_simulator():
     def metrics(seed):
-        args = small_args(env_id="envpool::CartPole-v1", seed=seed)
+        args = ppo_args(env_id="envpool::CartPole-v1", seed=seed)
         return run_iterations(args, ppo.make_env(args.env_id, args.num_envs, seed), 3)[1]
 
     first, again, other = metrics(1), metrics(1), metrics(2)
@@ -188,7 +196,7 @@ def test_a_seed_determines_the_metrics_with_a_host_simulator():
 
 
 def test_the_learning_rate_falls_to_0():
-    args = small_args(learning_rate=0.5)
+    args = ppo_args(learning_rate=0.5)
     init, train_iteration = ppo.make_train(args, short_cartpole(args))
     state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
     rates = []
@@ -214,3 +222,183 @@ def test_record_episodes_agrees_with_a_plain_loop():
         np.testing.assert_allclose(metrics["charts/episodic_return"], mean_return, atol=1e-4)
         np.testing.assert_allclose(metrics["charts/episodic_length"], mean_length, atol=1e-4)
     assert len(finished) > 200  # the ring of 100 went round
+
+
+# === test_a2c.py ===
+
+
+def a2c_batch(args):
+    env = real_env("a2c")
+    state = jax.jit(a2c.make_train(args, env)[0])(jax.random.key(0))
+    _, batch = a2c.rollout(state.agent, env, state.acting, jax.random.key(1), args.num_steps)
+    advantages, returns = jax.random.normal(jax.random.key(2), (2, *batch.value.shape))
+    return state.agent, batch, advantages, returns
+
+
+def test_the_policy_s_gradient_is_the_advantage_times_that_of_the_log_prob():
+    """Section 4 of the paper, summed by hand over the steps."""
+    args = small_args("a2c", ent_coef=0.0, vf_coef=0.0, norm_adv=False)
+    agent, batch, advantages, returns = a2c_batch(args)
+    grads = jax.grad(a2c.a2c_loss, has_aux=True)(agent, batch, advantages, returns, args)[0]
+    logprob = lambda agent, obs, action: agent(obs)[0].log_prob(action)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    each = jax.vmap(jax.grad(logprob), (None, 0, 0))(agent, flat(batch.obs), flat(batch.action))
+    by_hand = jax.tree.map(
+        lambda g: -(flat(advantages).reshape(-1, *[1] * (g.ndim - 1)) * g).mean(axis=0), each
+    )
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_critic_s_gradient_is_that_of_the_squared_error():
+    args = small_args("a2c", ent_coef=0.0, vf_coef=0.7)
+    agent, batch, advantages, returns = a2c_batch(args)
+    zeros = jnp.zeros_like(advantages)
+    loss, metrics = a2c.a2c_loss(agent, batch, zeros, returns, args)
+    np.testing.assert_allclose(loss, 0.7 * 0.5 * ((batch.value - returns) ** 2).mean(), rtol=1e-4)
+    assert metrics["losses/policy_loss"] == 0
+
+
+def test_entropy_is_rewarded():
+    args = small_args("a2c", ent_coef=0.3, vf_coef=0.0)
+    agent, batch, advantages, returns = a2c_batch(args)
+    loss, _ = a2c.a2c_loss(agent, batch, jnp.zeros_like(advantages), returns, args)
+    np.testing.assert_allclose(loss, -0.3 * np.log(2), rtol=1e-3)  # two actions, nearly uniform
+
+
+def test_a2c_s_loss_refuses_shapes_that_would_broadcast():
+    args = small_args("a2c")
+    agent, batch, advantages, returns = a2c_batch(args)
+    with pytest.raises(AssertionError):
+        a2c.a2c_loss(agent, batch, advantages[..., None], returns, args)
+
+
+# === test_ppo_continuous.py ===
+
+
+def test_the_policy_is_a_gaussian_whose_deviation_does_not_look_at_the_observation():
+    agent = ppo_continuous.Agent((3,), 2, 16, nnx.Rngs(0))
+    agent.log_std[...] = jnp.array([0.3, -0.7])
+    obs = jax.random.normal(jax.random.key(0), (5, 3))
+    pi, _ = agent(obs)
+    std = np.exp([0.3, -0.7])
+    np.testing.assert_allclose(pi.stddev(), np.tile(std, (5, 1)), rtol=1e-5)
+    action = jax.random.normal(jax.random.key(1), (5, 2))
+    expected = stats.norm.logpdf(action, pi.mean(), std).sum(axis=1)
+    np.testing.assert_allclose(pi.log_prob(action), expected, rtol=1e-4)
+    np.testing.assert_allclose(pi.entropy(), stats.norm.entropy(scale=std).sum(), rtol=1e-5)
+
+
+def wide_state(args, env):
+    """A first state with a deviation of 3 where the bounds are 2, and statistics not trivial."""
+    state = jax.jit(ppo_continuous.make_train(args, env)[0])(jax.random.key(0))
+    state.agent.log_std[...] = jnp.log(jnp.array([3.0]))
+    head = state.agent.actor.head  # so that the mean depends on the observation visibly
+    head.kernel[...] = 100.0 * head.kernel[...]
+    mean, var = jnp.array([0.2, -0.1, 1.0]), jnp.array([0.5, 0.4, 9.0])
+    return state._replace(obs_stats=ppo_continuous.RunningStats(mean, var, jnp.float32(100.0)))
+
+
+def test_only_the_simulator_sees_clipped_actions():
+    args, env = small_args("ppo_continuous"), real_env("ppo_continuous")
+    state, seen = wide_state(args, env), []
+
+    def step(key, env_state, action):
+        jax.debug.callback(lambda x: seen.append(np.array(x)), action, ordered=True)
+        return env.step(key, env_state, action)
+
+    spied = env._replace(step=step)
+    _, batch = ppo_continuous.rollout(state.agent, spied, state.acting, jax.random.key(1), 30)
+    jax.effects_barrier()
+    assert jnp.abs(batch.action).max() > 3.0
+    np.testing.assert_array_equal(np.stack(seen), np.clip(batch.action, -2.0, 2.0))
+    logprob = state.agent(batch.obs)[0].log_prob(batch.action)
+    np.testing.assert_allclose(batch.logprob, logprob, atol=1e-5)
+
+
+def test_the_ratio_is_1_with_normalised_observations():
+    """The first gradient step of an iteration sees approx_kl 0: rollout and update agree."""
+    args = small_args("ppo_continuous", norm_obs=True, num_minibatches=1, update_epochs=1)
+    env = real_env("ppo_continuous")
+    _, metrics = jax.jit(ppo_continuous.make_train(args, env)[1])(wide_state(args, env))
+    assert abs(metrics["losses/approx_kl"]) < 1e-5 and metrics["losses/clipfrac"] == 0
+    assert abs(metrics["losses/entropy"] - stats.norm.entropy(scale=3.0)) < 1e-4
+
+
+def test_running_statistics_are_numpy_s_over_everything_seen():
+    rng = np.random.default_rng(0)
+    chunks = [rng.normal(3.0, 0.1 + k, size=(4 + k, 2, 3)).astype(np.float32) for k in range(6)]
+    running = ppo_continuous.init_running((3,))
+    for chunk in chunks:
+        running = ppo_continuous.update_running(running, chunk)
+    everything = np.concatenate([chunk.reshape(-1, 3) for chunk in chunks])
+    assert running.count == len(everything)
+    np.testing.assert_allclose(running.mean, everything.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(running.var, everything.var(axis=0), rtol=1e-4)
+    normalized = np.asarray(ppo_continuous.normalize(everything, running))
+    inside = np.abs(normalized) < 10
+    np.testing.assert_allclose(
+        normalized[inside], ((everything - running.mean) / np.sqrt(running.var))[inside], atol=1e-4
+    )
+    assert ppo_continuous.normalize(everything, None) is everything
+    np.testing.assert_array_equal(ppo_continuous.normalize(1e6 * jnp.ones(3), running), 10.0)
+
+
+@pytest.mark.thorough
+def test_the_state_keeps_the_statistics_of_what_was_acted_on():
+    args, env = small_args("ppo_continuous", norm_obs=True), real_env("ppo_continuous")
+    init, train_iteration = ppo_continuous.make_train(args, env)
+    state, acted = jax.jit(init)(jax.random.key(0)), []
+    assert state.obs_stats.count == 0
+    rollout = ppo_continuous.rollout
+
+    def keep(*arguments):
+        acting, batch = rollout(*arguments)
+        jax.debug.callback(lambda x: acted.append(np.array(x, np.float64)), batch.obs)
+        return acting, batch
+
+    ppo_continuous.rollout = keep
+    try:
+        for _ in range(3):
+            state, _ = train_iteration(state)
+    finally:
+        ppo_continuous.rollout = rollout
+    jax.effects_barrier()
+    everything = np.concatenate(acted).reshape(-1, 3)
+    assert state.obs_stats.count == len(everything) == 3 * args.batch_size
+    np.testing.assert_allclose(state.obs_stats.mean, everything.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(state.obs_stats.var, everything.var(axis=0), rtol=1e-3)
+
+
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(2.0, 5.0, size=(3, 40, 4)).astype(np.float32)
+    dones = rng.random(rewards.shape) < 0.1
+    running, discounted = ppo_continuous.init_running(()), jnp.zeros(4)
+    totals, total = [], np.zeros(4)
+    for chunk_rewards, chunk_dones in zip(rewards, dones, strict=True):
+        scaled, discounted, running = ppo_continuous.normalize_rewards(
+            chunk_rewards, chunk_dones, discounted, running, 0.9
+        )
+        for reward, done in zip(chunk_rewards, chunk_dones, strict=True):
+            total = 0.9 * total + reward
+            totals.append(total)
+            total = np.where(done, 0.0, total)
+        np.testing.assert_allclose(discounted, total, rtol=1e-4)
+        np.testing.assert_allclose(scaled, chunk_rewards / np.std(totals), rtol=1e-3)
+    unchanged = ppo_continuous.normalize_rewards(rewards[0], dones[0], discounted, None, 0.9)
+    np.testing.assert_array_equal(unchanged[0], rewards[0])
+    assert unchanged[2] is None
+
+
+def test_evaluation_normalises_with_the_statistics_as_they_are():
+    args, env = small_args("ppo_continuous", norm_obs=True), real_env("ppo_continuous")
+    state = wide_state(args, env)
+    returns, _ = ppo_continuous.evaluate(state, env, jax.random.key(0))
+    blind = ppo_continuous.evaluate(state._replace(obs_stats=None), env, jax.random.key(0))[0]
+    by_hand = lambda obs: state.agent((obs - state.obs_stats.mean) / state.obs_stats.var**0.5)
+    expected, _ = ppo_continuous.evaluate(
+        state._replace(agent=by_hand, obs_stats=None), env, jax.random.key(0)
+    )
+    np.testing.assert_allclose(returns, expected, rtol=1e-4)
+    assert not np.allclose(returns, blind, rtol=1e-4)

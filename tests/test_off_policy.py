@@ -1,4 +1,4 @@
-"""sac.py: the squashed Gaussian, targets, temperature, SimBa, and the ratio of updates to steps."""
+"""dqn.py and sac.py: targets, the squashed Gaussian, schedules, replay, SimBa."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,174 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from probes import probe, real_env, small_args
+from probes import probe, quick, real_env, small_args
 
+import dqn
 import sac
+
+# === test_dqn.py ===
+
+
+class Table(nnx.Module):
+    """Q(obs, .) is a row of a table, for observations that are numbers."""
+
+    def __init__(self, rows):
+        self.rows = nnx.Param(jnp.array(rows))
+
+    def __call__(self, obs):
+        return self.rows[...][obs[..., 0].astype(int)]
+
+
+# Three transitions: an ordinary one, a time limit, the end of the task.
+DQN_BATCH = dqn.Transition(
+    obs=jnp.array([[0.0], [1.0], [2.0]]),
+    action=jnp.array([0, 1, 1]),
+    reward=jnp.array([1.0, 2.0, 4.0]),
+    next_obs=jnp.array([[1.0], [2.0], [0.0]]),
+    terminated=jnp.array([False, False, True]),  # the second was cut by a limit: not terminated
+)
+ONLINE = Table([[9.0, 1.0], [3.0, 7.0], [8.0, 2.0]])
+TARGET = Table([[5.0, 6.0], [10.0, 20.0], [30.0, 40.0]])
+
+
+@pytest.mark.parametrize(
+    ("double_q", "next_values"),
+    [(True, [20.0, 30.0]), (False, [20.0, 40.0])],  # online prefers action 1, then 0
+)
+def test_dqn_s_targets_against_a_buffer_computed_by_hand(double_q, next_values):
+    args = dqn.Args(gamma=0.5, double_q=double_q, reward_scale=3.0)
+    targets = dqn.compute_targets(ONLINE, TARGET, DQN_BATCH, args)
+    by_hand = [3.0 * 1.0 + 0.5 * next_values[0], 3.0 * 2.0 + 0.5 * next_values[1], 3.0 * 4.0]
+    np.testing.assert_allclose(targets, by_hand)
+
+
+def test_dqn_s_loss_is_the_squared_error_of_the_chosen_actions():
+    loss, metrics = dqn.dqn_loss(ONLINE, DQN_BATCH, jnp.array([10.0, 7.0, 0.0]))
+    np.testing.assert_allclose(loss, (1.0**2 + 0.0**2 + 2.0**2) / 3)  # Q: 9, 7, 2
+    np.testing.assert_allclose(metrics["losses/q_values"], 6.0)
+    grads = jax.grad(lambda agent: dqn.dqn_loss(agent, DQN_BATCH, jnp.array([10.0, 7.0, 0.0]))[0])
+    np.testing.assert_allclose(
+        grads(ONLINE).rows[...], [[-2 / 3, 0], [0, 0], [0, 4 / 3]], rtol=1e-6
+    )
+
+
+def test_dqn_s_loss_refuses_shapes_that_would_broadcast():
+    with pytest.raises(AssertionError):
+        dqn.dqn_loss(ONLINE, DQN_BATCH, jnp.zeros((3, 1)))
+
+
+# --- Schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_envs", quick([1, 3, 8], 3))
+@pytest.mark.parametrize(("train_frequency", "target_frequency"), [(4, 20), (10, 10), (1, 7)])
+def test_schedules_do_not_depend_on_the_number_of_environments(
+    num_envs, train_frequency, target_frequency, monkeypatch
+):
+    """Gradient steps and copies of the target network come in the order that a plain loop over
+    single environment steps gives, and none is lost or doubled."""
+    args = small_args(
+        "dqn",
+        num_envs=num_envs,
+        train_frequency=train_frequency,
+        target_network_frequency=target_frequency,
+        learning_starts=20,
+        num_steps=1,
+        buffer_size=500,
+        batch_size=4,
+        tau=1.0,
+        anneal_lr=False,
+    )
+    env = probe(lambda time, bit: bit, lambda time, bit, action: 1.0, num_envs=num_envs)
+    tx, replay, events = optax.scale_by_adam(), dqn.make_replay(args), []
+    real_update = dqn.update
+
+    def update(agent, target, opt_state, tx, batch, number, args):
+        old = target
+        agent, target, opt_state, metrics = real_update(
+            agent, target, opt_state, tx, batch, number, args
+        )
+        copied = jnp.any(target.head.kernel[...] != old.head.kernel[...])
+        same = jnp.all(target.head.kernel[...] == agent.head.kernel[...])
+        jax.debug.callback(lambda *x: events.append(x), number, copied, same, ordered=True)
+        return agent, target, opt_state, metrics
+
+    monkeypatch.setattr(dqn, "update", update)
+    state = jax.jit(dqn.make_train(args, env)[0])(jax.random.key(0))
+    step = jax.jit(lambda state: dqn.step_and_learn(state, env, replay, tx, args))
+    done, expected = 0, []
+    for _ in range(120 // num_envs):
+        state, _ = step(state)
+        jax.effects_barrier()
+        for _ in range(num_envs):  # the plain loop
+            done += 1
+            if done > args.learning_starts and done % train_frequency == 0:
+                due = done // target_frequency > (done - train_frequency) // target_frequency
+                expected.append((len(expected), due, due))
+        assert dqn.updates_due(state.step, args) == len(expected) == len(events)
+    assert [(int(n), bool(c)) for n, c, _ in events] == [(n, c) for n, c, _ in expected]
+    assert all(bool(same) for _, copied, same in events if copied)
+    assert sum(copied for _, copied, _ in expected) > 3 and state.step == done
+
+
+def test_epsilon_falls_to_its_end_and_stays():
+    args = dqn.Args(start_e=0.9, end_e=0.1, exploration_fraction=0.5, total_timesteps=1000)
+    epsilons = dqn.epsilon_at(jnp.array([0, 250, 500, 900]), args)
+    np.testing.assert_allclose(epsilons, [0.9, 0.5, 0.1, 0.1], rtol=1e-6)
+
+
+def test_epsilon_greedy_explores_as_often_as_it_says():
+    q_values = jnp.tile(jnp.array([0.0, 3.0, 1.0]), (30_000, 1))
+    for epsilon in (0.0, 0.3, 1.0):
+        actions = dqn.epsilon_greedy(q_values, epsilon, jax.random.key(0))
+        shares = np.bincount(actions, minlength=3) / len(actions)
+        expected = np.array([epsilon / 3, 1 - epsilon + epsilon / 3, epsilon / 3])
+        np.testing.assert_allclose(shares, expected, atol=0.01)
+
+
+# --- Replay ---------------------------------------------------------------------------------------
+
+
+def test_replay_holds_the_last_steps_also_after_it_wrapped_around():
+    """What is in the buffer are the last buffer_size transitions, with the true next_obs at the
+    ends of episodes, and nothing else; samples come from all of it."""
+    fields = {"num_envs": 3, "buffer_size": 50, "batch_size": 8, "num_steps": 1}
+    args = small_args("dqn", learning_starts=10**6, **fields)
+    env = real_env("dqn", num_envs=3, limit=6)
+    kept = []
+
+    def step(key, env_state, action):
+        obs = env_state[1]
+        env_state, timestep = env.step(key, env_state[0], action)
+        row = (obs, action, timestep.reward, timestep.next_obs, timestep.terminated)
+        jax.debug.callback(lambda *x: kept.extend(zip(*x, strict=True)), *row, ordered=True)
+        return (env_state, timestep.obs), timestep
+
+    def reset(key):
+        env_state, obs = env.reset(key)
+        return (env_state, obs), obs
+
+    init, train_iteration = dqn.make_train(args, env._replace(reset=reset, step=step))
+    state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+    for _ in range(40):
+        state, _ = train_iteration(state)
+    jax.effects_barrier()
+    assert len(kept) == 120
+    stored = jax.tree.map(lambda x: np.asarray(x[0]), state.buffer.experience)
+    rows = lambda items: sorted(tuple(np.concatenate([np.ravel(x) for x in row])) for row in items)
+    assert rows(zip(*stored, strict=True)) == rows(kept[-50:])
+    assert any(not np.array_equal(row[3], nxt[0]) for row, nxt in zip(kept, kept[3:], strict=False))
+
+    sample = dqn.make_replay(args).sample
+    seen = {
+        float(x)
+        for k in range(100)
+        for x in sample(state.buffer, jax.random.key(k)).experience.obs[:, 0]
+    }
+    assert seen == {float(x) for x in stored.obs[:, 0]}
+
+
+# === test_sac.py ===
 
 # --- The squashed Gaussian ------------------------------------------------------------------------
 
@@ -76,7 +241,7 @@ class LinearCritics(nnx.Module):
 
 
 # Three transitions: an ordinary one, a time limit, the end of the task.
-BATCH = sac.Transition(
+SAC_BATCH = sac.Transition(
     obs=jnp.array([[0.0], [1.0], [2.0]]),
     action=jnp.array([[0.1], [0.2], [0.3]]),
     reward=jnp.array([1.0, 2.0, 4.0]),
@@ -85,11 +250,11 @@ BATCH = sac.Transition(
 )
 
 
-def test_targets_against_a_buffer_computed_by_hand():
+def test_sac_s_targets_against_a_buffer_computed_by_hand():
     args, alpha, key = sac.Args(gamma=0.5, reward_scale=3.0), 0.7, jax.random.key(4)
     target = LinearCritics([3.0, 5.0])
-    targets = sac.compute_targets(FixedActor(), target, alpha, BATCH, key, args)
-    action, logprob = sac.sample_action(FixedActor(), BATCH.next_obs, key)
+    targets = sac.compute_targets(FixedActor(), target, alpha, SAC_BATCH, key, args)
+    action, logprob = sac.sample_action(FixedActor(), SAC_BATCH.next_obs, key)
     next_q = np.array([-5.0, 6.0, 15.0]) + 10.0 * action[:, 0]  # the smaller of 3 obs and 5 obs
     next_value = next_q - 0.7 * logprob
     by_hand = [3.0 + 0.5 * next_value[0], 6.0 + 0.5 * next_value[1], 12.0]
@@ -97,7 +262,7 @@ def test_targets_against_a_buffer_computed_by_hand():
 
 
 def test_critic_loss_is_the_squared_error_of_both():
-    loss, mean = sac.critic_loss(LinearCritics([3.0, 5.0]), BATCH, jnp.array([1.0, 4.0, 10.0]))
+    loss, mean = sac.critic_loss(LinearCritics([3.0, 5.0]), SAC_BATCH, jnp.array([1.0, 4.0, 10.0]))
     values = np.array([[1.0, 5.0, 9.0], [1.0, 7.0, 13.0]])
     np.testing.assert_allclose(loss, 0.5 * ((values - [1.0, 4.0, 10.0]) ** 2).mean(axis=1).sum())
     np.testing.assert_allclose(mean, values.mean())
@@ -107,19 +272,19 @@ def test_the_losses_refuse_shapes_that_would_broadcast():
     """Targets or log-probs [M, 1] against values [M] would make [M, M], the commonest bug of SAC."""
     critic = LinearCritics([3.0, 5.0])
     with pytest.raises(AssertionError):
-        sac.critic_loss(critic, BATCH, jnp.zeros((3, 1)))
+        sac.critic_loss(critic, SAC_BATCH, jnp.zeros((3, 1)))
     column = lambda obs, action: critic(obs, action)[..., None]
     with pytest.raises(AssertionError):
-        sac.actor_loss(FixedActor(), column, 0.1, BATCH, jax.random.key(0))
+        sac.actor_loss(FixedActor(), column, 0.1, SAC_BATCH, jax.random.key(0))
     with pytest.raises(AssertionError):
         args = sac.Args()
-        sac.compute_targets(FixedActor(), column, 0.1, BATCH, jax.random.key(0), args)
+        sac.compute_targets(FixedActor(), column, 0.1, SAC_BATCH, jax.random.key(0), args)
 
 
 def test_actor_loss_goes_through_the_sampled_action():
     """Its gradient is that of alpha log pi - Q by finite differences of the mean, noise held fixed."""
     critic, key, alpha = LinearCritics([3.0, 5.0]), jax.random.key(0), 2.0
-    loss = lambda actor: sac.actor_loss(actor, critic, alpha, BATCH, key)[0]
+    loss = lambda actor: sac.actor_loss(actor, critic, alpha, SAC_BATCH, key)[0]
     actor = FixedActor()
     gradient = jax.grad(loss)(actor).mean[...]
     up, down = FixedActor(), FixedActor()
@@ -132,7 +297,7 @@ def test_alpha_rises_while_the_entropy_is_too_low():
     assert gradient(0.0, -3.0, -1.0) < 0 < gradient(0.0, 2.0, -1.0)
 
 
-def setup(**changes):
+def sac_setup(**changes):
     args = small_args("sac", **changes)
     env = real_env("sac", args.num_envs)
     init, train_iteration = sac.make_train(args, env)
@@ -140,7 +305,7 @@ def setup(**changes):
 
 
 def test_critics_differ_and_the_target_starts_as_a_copy_and_follows():
-    args, _, state, train_iteration = setup(
+    args, _, state, train_iteration = sac_setup(
         num_envs=1, num_steps=1, learning_starts=0, updates_per_step=1.0, tau=0.1
     )
     learner = state.learner
@@ -160,8 +325,8 @@ def test_critics_differ_and_the_target_starts_as_a_copy_and_follows():
 # --- Updates per step -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_envs", [1, 3, 8])
-@pytest.mark.parametrize("updates_per_step", [1.0, 2.0, 0.25])
+@pytest.mark.parametrize("num_envs", quick([1, 3, 8], 3))
+@pytest.mark.parametrize("updates_per_step", quick([1.0, 2.0, 0.25], 2.0, 0.25))
 def test_updates_per_step_do_not_depend_on_the_number_of_environments(num_envs, updates_per_step):
     args = small_args(
         "sac",
@@ -185,9 +350,10 @@ def test_updates_per_step_do_not_depend_on_the_number_of_environments(num_envs, 
 # --- SimBa ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_simba_statistics_are_numpy_s_over_the_acted_observations():
     """Every observation acted on counts once, replayed ones do not."""
-    args, env, state, _ = setup(block_type="simba", num_envs=3, updates_per_step=1.0)
+    args, env, state, _ = sac_setup(block_type="simba", num_envs=3, updates_per_step=1.0)
     txs = {name: optax.adam(1e-3) for name in ("actor", "critic", "log_alpha")}
     opt_states = {k: tx.init(getattr(state.learner, k)) for k, tx in txs.items()}
     state = state._replace(learner=state.learner._replace(opt_states=opt_states))
@@ -226,6 +392,7 @@ def test_simba_is_what_the_paper_says():
     assert float(wide.std()) == pytest.approx(he, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_simba_learns_a_probe():
     env = probe(
         lambda time, bit: bit,

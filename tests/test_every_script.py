@@ -16,6 +16,7 @@ from probes import (
     greedy_player,
     learn,
     probe,
+    quick,
     real_env,
     small_args,
 )
@@ -31,7 +32,7 @@ def learn_probe(name, observe, reward, iterations=1.0, **ends):
 ZERO_ONE = jnp.array([[0.0], [1.0]])
 
 
-@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - set(MEMORY)))
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo", "dqn"))
 def test_probe_discount(name):
     """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
     learned = learn_probe(
@@ -44,7 +45,7 @@ def test_probe_discount(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE, reset), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - set(MEMORY)))
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "a2c", "impala"))
 def test_probe_time_limit(name):
     """One step from 0 or 1. From 1, reward 1 and the end: V(1) = 1. From 0, no reward, and a time
     limit at 1: V(0) = gamma V(1) = 0.8. Taken for an end, V(0) = 0; with the observation after the
@@ -61,7 +62,9 @@ def test_probe_time_limit(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - set(MEMORY)))
+@pytest.mark.parametrize(
+    "name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo_continuous", "sac", "dqn")
+)
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
 
@@ -84,6 +87,7 @@ def test_probe_policy(name):
 # --- What all scripts promise ---------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_seed_determines_the_run_also_among_several(name):
     """The same seed again gives the same bits; the seed among others, the same to rounding."""
@@ -108,7 +112,7 @@ def test_a_seed_determines_the_run_also_among_several(name):
     assert any(metrics[metric][0] != metrics[metric][1] for metric in losses)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", quick(DISTINCT, "ppo", "dqn"))
 def test_no_random_key_is_used_twice(name):
     args, env = small_args(name, 10), real_env(name)
     script = importlib.import_module(name)
@@ -138,7 +142,7 @@ def test_the_ratio_is_1_before_the_first_update(name):
     assert "logprob" in batch._fields or "value" in batch._fields
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", quick(DISTINCT, "ppo", "ppo_lstm"))
 def test_evaluation_counts_one_greedy_episode_in_each_environment(name):
     """The returns are those of a plain loop; longer episodes do not push others out."""
     script = importlib.import_module(name)
