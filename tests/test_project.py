@@ -75,7 +75,8 @@ def test_the_header_tells_what_a_reader_wants_to_know(path):
 
 
 def test_the_tests_need_nothing_that_is_not_declared():
-    everything = requirements((ROOT / "requirements.txt").read_text().splitlines())
+    files = [ROOT / "requirements.txt", ROOT / "requirements-suites.txt"]
+    everything = requirements([line for file in files for line in file.read_text().splitlines()])
     for path in (ROOT / "tests").glob("*.py"):
         needed = imported(path) - LOCAL - {"numpy", "scipy"}
         assert needed <= set(everything), f"{path.name}: {needed - set(everything)}"
