@@ -48,6 +48,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/
 import dataclasses
 import json
 import re
+import runpy
 import signal
 import sys
 import traceback
@@ -139,10 +140,9 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_ranges(args: Any, at_least_1: str, at_most_1: str, any_sign: str = "") -> None:
+def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_return") -> None:
     """Refuses nan, inf, numbers below 0, and flags below or above 1 that must not be."""
-    lows = dict.fromkeys(at_least_1.split(), 1)
-    lows |= dict.fromkeys(["target_return", *any_sign.split()], -(10**9))
+    lows = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(signed.split(), -(10**9))
     highs = dict.fromkeys(at_most_1.split(), 1) | {"seed": 2**30}
     for name, value in vars(args).items():
         low, high = lows.get(name, 0), highs.get(name, 10**12)
@@ -155,7 +155,9 @@ def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
     counts = "num_seeds num_envs num_steps num_minibatches update_epochs"
     counts += " memory_length window_length num_layers num_heads embed_dim"
-    check_ranges(args, at_least_1=counts, at_most_1="gamma gae_lambda", any_sign="gate_bias")
+    check_ranges(
+        args, at_least_1=counts, at_most_1="gamma gae_lambda", signed="target_return gate_bias"
+    )
     if args.num_steps % args.window_length:
         fail(f"--window-length must divide --num-steps {args.num_steps}")
     if args.embed_dim % args.num_heads or args.embed_dim % 2:
@@ -196,11 +198,7 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F].
-
-    A convolution is written as its patches times a matrix: on a CPU, the gradient of XLA's own is
-    many times slower inside a compiled loop.
-    """
+    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F]."""
 
     def __init__(self, obs_shape: tuple[int, ...], rngs: nnx.Rngs):
         *size, channels = obs_shape
@@ -213,6 +211,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
+        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -617,7 +616,10 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        acting, stats = Acting(env_state, obs, reset, memory), init_stats(args.num_envs)
+        acting, stats = (
+            Acting(env_state, obs, reset, memory),
+            EpisodeStats(jnp.zeros((args.num_envs, 2))),
+        )
         return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
@@ -637,13 +639,10 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
 
-        learning_rate = args.learning_rate  # detail 4
-        if args.anneal_lr:
-            learning_rate *= 1.0 - iteration / args.num_iterations
-        data = (batch, advantages, returns)
-        agent, opt_state, metrics = update(
-            agent, opt_state, tx, learning_rate, memory, data, update_key, args
-        )
+        progress = args.anneal_lr * iteration / args.num_iterations
+        learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
+        learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)
+        agent, opt_state, metrics = update(*learner, memory, data, update_key, args)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
         state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
         return state, metrics | episode_metrics
@@ -766,19 +765,22 @@ def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -
     suite, _, name = env_id.partition("::")
     hosts = {"gymnasium": gymnasium_env, "envpool": envpool_env}
     suites = {"gymnax": gymnax_env} | hosts
-    files = sorted(path.stem for path in Path(__file__).parent.glob("envs/*.py"))
-    if suite not in [*suites, *files]:
-        fail(f"--env-id must be suite::name, not {env_id}: {', '.join([*suites, *files])}")
+    files = {path.stem: path for path in Path(__file__).parent.glob("envs/*.py")}
+    if suite not in suites | files:
+        fail(f"--env-id {env_id} must be suite::name, of {', '.join([*suites, *files])}, envs/*.py")
     # Simulators give environment i the seed + i, so seeds in a row would share all but one.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
-        make = suites.get(suite) or import_module(f"envs.{suite}").make
+        make = suites.get(suite) or runpy.run_path(str(files[suite]))["make"]
         own = (name, num_envs, seed) if suite in hosts else (name,)
         reset, step, actions, *rest = make(*own, **json.loads(env_kwargs))
         batch = host_env if suite in hosts else vmap_env
         reset, step = batch(num_envs, partial(shape_obs, mask_obs), reset, step, *rest)
         obs = jax.eval_shape(reset, jax.random.key(0))[1]
         return Env(reset, step, obs.shape[1:], *action_spec(actions), suite in hosts)
+    except ModuleNotFoundError as error:
+        see = files.get(suite, "requirements.txt")
+        fail(f"{env_id} needs {error.name}: pip install {error.name}, or as {see} says")
     except Exception as error:  # each simulator has its own
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -788,12 +790,11 @@ def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -
 
 def shape_obs(mask_obs: tuple[int, ...], obs: Any) -> Array:
     """Screens -> [B, H, W, C]; all else, trees too -> a float32 vector [B, size] without mask_obs."""
-    first, *others = jax.tree.leaves(obs)
+    first, *others = parts = jax.tree.leaves(obs)
     if first.ndim == 4 and sorted(first.shape[1:])[1] >= 36 and not others:
         assert not mask_obs, "--mask-obs is for vectors, and these are images"
         return jnp.moveaxis(first, 1, -1) if first.shape[1] < first.shape[3] else first
-    vectors = [jnp.float32(x).reshape(x.shape[0], -1) for x in (first, *others)]
-    vector = jnp.concatenate(vectors, axis=1)
+    vector = jnp.concatenate([jnp.float32(x).reshape(len(x), -1) for x in parts], axis=1)
     keep = np.delete(np.arange(vector.shape[1]), mask_obs)
     assert keep.size, "--mask-obs hides every entry"
     return vector[:, keep] if mask_obs else vector
@@ -809,7 +810,7 @@ def action_spec(actions: Any) -> tuple[int, np.ndarray | None, np.ndarray | None
     if isinstance(actions, tuple) and np.ndim(actions[0]) < 2:
         low, high = np.float32(actions).reshape(2, -1)
         return low.size, low, high
-    raise ValueError(f"actions are {actions}: only Discrete (from 0) and one-dimensional Box work")
+    raise ValueError(f"only Discrete (from 0) and one-dimensional Box actions work, not {actions}")
 
 
 def gymnax_env(name: str, **kwargs) -> tuple:
@@ -827,7 +828,7 @@ def gymnax_env(name: str, **kwargs) -> tuple:
 
 
 def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, envs_per_reset=1):
-    """One environment's functions -> an Env's. In a step, envs_per_reset that end share an episode."""
+    """One environment's functions -> an Env's. envs_per_reset that end in a step share an episode."""
     num_new = max(1, num_envs // envs_per_reset)
     reset, step = jax.jit(reset), jax.jit(step)  # so that they are traced once
 
@@ -852,7 +853,7 @@ def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, en
 
 
 def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
-    """Any registered Gymnasium environment; of package:Name-v0, the package is imported first."""
+    """Any registered environment; of package:Name-v0, the package is imported first."""
     gymnasium = import_module("gymnasium")
 
     def make_one():
@@ -860,8 +861,7 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
         box = isinstance(env.observation_space, gymnasium.spaces.Box)
         return env if box else gymnasium.wrappers.FlattenObservation(env)
 
-    mode = gymnasium.vector.AutoresetMode.DISABLED
-    envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode=mode)
+    envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode="Disabled")
     envs.reset(seed=seed)
     reset = lambda chosen: envs.reset(options={"reset_mask": chosen})[0][chosen]
     return reset, envs.step, envs.single_action_space
@@ -870,6 +870,7 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
 def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
     """EnvPool's own reset would come one step late. On a Linux CPU its steps are XLA calls."""
     pool = import_module("envpool").make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
+    assert pool.config["max_num_players"] == 1, "it has several players"
     reset = lambda chosen: pool.reset(np.flatnonzero(chosen).astype(np.int32))[0]
     arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
     fast = sys.platform == "linux" and jax.default_backend() == "cpu"
@@ -879,7 +880,7 @@ def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
 
 
 def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, xla=None):
-    """A simulator's reset(chosen [B]) and step(action) -> an Env's; with xla, JAX enters it itself."""
+    """A simulator's reset(chosen [B]) and step(action) -> an Env's; with xla, JAX calls step."""
     everyone = np.ones(num_envs, bool)
     obs_type = jax.tree.map(jnp.asarray, reset(everyone))  # [B, ...]
     step_type = Timestep(obs_type, obs_type, jnp.zeros(num_envs), everyone, everyone)
@@ -922,13 +923,8 @@ class EpisodeStats(NamedTuple):
     """Return and length of the running episodes and of the last 100 that ended."""
 
     running: Array  # [B, 2]
-    last: Array  # [100, 2], a ring, nan where there are fewer
-    episodes: Array  # ended so far
-
-
-def init_stats(num_envs: int) -> EpisodeStats:
-    """No episode has ended yet."""
-    return EpisodeStats(jnp.zeros((num_envs, 2)), jnp.full((100, 2), jnp.nan), jnp.int32(0))
+    last: Array | np.ndarray = np.full((100, 2), np.nan, np.float32)  # a ring, nan: fewer ended
+    episodes: Array | np.int32 = np.int32(0)  # ended so far
 
 
 def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> tuple[EpisodeStats, dict]:
@@ -943,7 +939,7 @@ def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> tuple[
     ended = dones.reshape(-1)  # [T * B]
     number = stats.episodes + jnp.cumsum(ended)  # of the episode that ended there, from 1
     slot = jnp.where(ended & (number > number[-1] - 100), number % 100, 100)
-    last = stats.last.at[slot].set(totals.reshape(-1, 2), mode="drop")
+    last = jnp.asarray(stats.last).at[slot].set(totals.reshape(-1, 2), mode="drop")
     names = ("charts/episodic_return", "charts/episodic_length", "charts/episodes")
     metrics = dict(zip(names, (*jnp.nanmean(last, axis=0), number[-1]), strict=True))
     return EpisodeStats(running, last, number[-1]), metrics
@@ -975,7 +971,8 @@ def open_run(args: Any) -> Path:
         if util.find_spec(module) is None:
             fail(f"{module} is missing: pip install {module}")
     name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = args.run_dir or Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{os.getpid()}")
+    new = Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{os.getpid()}")
+    run_dir = args.resume or args.run_dir or new
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=run_dir).close()  # may it be written to?
@@ -1006,7 +1003,7 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
         options["id"] = re.sub(r"\W", "-", str(run_dir.resolve()))[-64:]  # the same when resumed
         run = import_module("wandb").init(config=config["args"], **options)
         trackers.append(lambda name, value, step: run.log({name: value}, step=step))
-    file = path.open("a", buffering=1)  # each line is written at once
+    file = path.open("a", buffering=1, newline="\n")  # each line is written at once
 
     def log(step, metrics):
         now = time.time()
@@ -1025,15 +1022,14 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
 
 def plot_curve(run_dir: Path) -> None:
     """learning_curve.png: the returns in metrics.csv over the steps, a line for each seed."""
-    figure = import_module("matplotlib.figure").Figure(layout="constrained")
+    axes = import_module("matplotlib.figure").Figure(layout="constrained").subplots()
     rows = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="")
-    axes = figure.subplots()
     for seed in np.unique(rows["seed"]):
         curve = np.atleast_1d(rows)[rows["seed"] == seed]
         axes.plot(curve["step"], curve["charts/episodic_return"], label=f"seed {seed:.0f}")
     axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
     axes.legend(title=run_dir.resolve().name)
-    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 
 def checkpoints(run_dir: Path) -> Any:
@@ -1046,21 +1042,19 @@ def checkpoints(run_dir: Path) -> Any:
 def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
     """Saves the arrays of the state as checkpoints/<iteration>, if it is not there already."""
     arrays = [x for x in jax.tree.leaves(state) if x.size]  # Orbax refuses empty ones
-    form = import_module("orbax.checkpoint").args.StandardSave(arrays)
     with checkpoints(run_dir) as manager:
-        manager.save(iteration, args=form)
+        manager.save(iteration, args=import_module("orbax.checkpoint").args.StandardSave(arrays))
 
 
 def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
-    """The last complete checkpoint of a state like `like`; hosted episodes begin anew, as there."""
+    """The last complete checkpoint of a state like `like`; if hosted, with the episodes of that."""
     arrays = [x for x in jax.tree.leaves(like) if x.size]
     form = import_module("orbax.checkpoint").args.StandardRestore(arrays)
     try:
         with checkpoints(run_dir) as manager:
             saved = iter(manager.restore(None, args=form))
-    except (FileNotFoundError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"no checkpoint in {run_dir} fits these flags, its own are in config.json: {reason}")
+    except (FileNotFoundError, ValueError):
+        fail(f"no checkpoint in {run_dir} fits these flags: its own are in config.json")
     state = jax.tree.map(lambda x: next(saved) if x.size else x, like)
     if hosted:
         print("the simulator's state is not saved: new episodes start here")
@@ -1070,7 +1064,7 @@ def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
 
 
 def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
-    """-> the first state; train(state, n), which runs n iterations at once: losses are their means."""
+    """-> the first state; train(state, n), n iterations in one call whose losses are means."""
     train_iteration = jax.jit(train_iteration)  # so that it is traced once
 
     def train(state, num_iterations):
@@ -1110,9 +1104,7 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
                 print(f"{step:,} of {total:,} steps, return {returns.mean():.1f}", flush=True)
             if not np.isfinite([x for name, x in metrics.items() if "losses/" in name]).all():
                 last = checkpoints(run_dir).latest_step() or "none, see --checkpoint-every"
-                sys.exit(
-                    f"a loss is nan or inf at step {step}; last checkpoint in {run_dir}: {last}"
-                )
+                sys.exit(f"loss nan or inf at step {step}; last checkpoint in {run_dir}: {last}")
             if args.checkpoint_every and iteration % args.checkpoint_every == 0:
                 save_checkpoint(run_dir, iteration, state)
             if args.target_return is not None and min(episodes) >= 100:
@@ -1120,7 +1112,8 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
     if reached:
         print(f"target return {args.target_return:g} reached: {step:,} steps", flush=True)
     save_checkpoint(run_dir, iteration, state)
-    plot_curve(run_dir)
+    if iteration:
+        plot_curve(run_dir)
     if caught:
         print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + caught[0])
@@ -1128,12 +1121,15 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
 
 
 def write_evaluation(args: Any, run_dir: Path, state: Any, env: Env) -> None:
-    """evaluation.json: greedy returns of each seed; over seeds, IQM and interval, arXiv:2108.13264."""
+    """evaluation.json: greedy returns by seed; over seeds, IQM and interval (arXiv:2108.13264)."""
     seeds = args.seed + np.arange(args.num_seeds)
     keys = jax.vmap(jax.random.key)(seeds + 2**30)  # other episodes than those trained on
-    state = state if args.num_seeds > 1 else jax.tree.map(lambda x: x[None], state)
-    play = lambda state_and_key: evaluate(state_and_key[0], env, state_and_key[1])[0]
-    returns = np.array(jax.jit(partial(jax.lax.map, play))((state, keys)))  # [num_seeds, B]
+
+    def play(state):  # jitted whole, so that nothing is copied that acting does not read
+        state = state if args.num_seeds > 1 else jax.tree.map(lambda x: x[None], state)
+        return jax.lax.map(lambda x: evaluate(x[0], env, x[1])[0], (state, keys))
+
+    returns = np.array(jax.jit(play)(state))  # [num_seeds, B]
     result = {"env_id": args.eval_env_id or args.env_id, "mean": returns.mean(), "seeds": []}
     for seed, x in zip(seeds, returns, strict=True):
         own = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
@@ -1151,11 +1147,11 @@ def make_eval_env(args: Any, env: Env) -> Env:
     """Where the agent is judged in the end: what cannot work is refused before it is trained."""
     env_id, num_envs = args.eval_env_id or args.env_id, max(1, args.eval_episodes)
     eval_env = make_env(env_id, num_envs, args.seed + 2**30, args.env_kwargs, args.mask_obs)
+    check_env(env_id, eval_env)
     if (eval_env.obs_shape, eval_env.action_size) != (env.obs_shape, env.action_size):
         fail(f"{env_id} has other observations or actions than {args.env_id}")
     if args.num_seeds > 1 and (env.hosted or eval_env.hosted):
         fail("--num-seeds needs environments in JAX: start single runs")
-    check_env(env_id, eval_env)
     return eval_env
 
 
@@ -1163,7 +1159,6 @@ def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
     env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
-    check_env(args.env_id, env)
     eval_env = make_eval_env(args, env)
     run_dir = open_run(args)
     init, train_iteration = make_train(args, env)
@@ -1175,10 +1170,17 @@ def main(args: Args) -> Path:
     state, train = compile_training(init, train_iteration, key)
     if args.resume:
         state = load_checkpoint(run_dir, state, env.hosted)
-    caught = []  # Ctrl-C or SIGTERM: training stops after the call that runs; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: caught.append(n) or signal.signal(n, signal.SIG_DFL))
+    caught = []
+
+    def note(number, frame):  # the first Ctrl-C or SIGTERM; the second ends the program
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     state = run_training(args, run_dir, state, train, caught)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if args.eval_episodes:
         write_evaluation(args, run_dir, state, eval_env)
     return run_dir

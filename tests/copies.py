@@ -33,7 +33,7 @@ VARY = {
     "evaluate": "an agent with memory carries it along",
     "check_env": "names the sibling to use instead",
     "ppo_trxl_pmap.py: main": "joins processes, and shares the environments out to devices",
-    "sac.py: CALL_STEPS": "its steps are slow",
+    "CALL_STEPS": "off-policy, an iteration is as long as a row should be",
     "impala.py: main": "starts actor threads",
     "impala.py: compile_training": "not there: what an iteration does is spread over threads",
 }

@@ -88,7 +88,7 @@ def last_checkpoint(run_dir):
 @pytest.fixture
 def in_process(tmp_path, monkeypatch):
     """-> run(name, flags): the script's main as the command line calls it, without a process for it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.chdir(tmp_path)
 
     def run(name, *flags):
@@ -97,8 +97,8 @@ def in_process(tmp_path, monkeypatch):
         return script.main(script.parse_args())
 
     yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert after == handlers  # what a run does with signals ends with its training
 
 
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
@@ -115,6 +115,25 @@ def test_a_short_run_leaves_its_files_and_goes_on(name, in_process, capfd):
     losses = {key: float(x) for key, x in metrics[-1].items() if key.startswith("losses/")}
     assert len(losses) >= 2 and np.isfinite(list(losses.values())).all()
     assert last_checkpoint(run_dir) == 6
+
+
+def test_a_row_holds_the_mean_loss_of_its_call_and_the_last_of_all_else():
+    def train_iteration(state):
+        return state + 1, {"losses/loss": 1.0 * state, "charts/episodes": state}
+
+    state, train = ppo.compile_training(lambda key: jax.numpy.int32(3), train_iteration, 0)
+    state, metrics = train(state, 4)
+    assert state == 7 and metrics == {"losses/loss": (3 + 4 + 5 + 6) / 4, "charts/episodes": 6}
+
+
+@pytest.mark.thorough
+def test_a_seed_among_several_is_judged_in_the_episodes_of_that_seed_alone(in_process):
+    """With a step size of 0 the agents are the same, and so must be their greedy returns."""
+    flags = [*SHORT, "--total-timesteps", 1024, "--learning-rate", 0]
+    several = in_process("ppo", *flags, "--num-seeds", 2, "--run-dir", "several")
+    alone = in_process("ppo", *flags, "--seed", 2, "--run-dir", "alone")
+    read = lambda run_dir: json.loads((run_dir / "evaluation.json").read_text())["seeds"]
+    assert read(several)[1] == read(alone)[0] != read(several)[0] | {"seed": 2}
 
 
 @pytest.mark.thorough
@@ -305,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
-    assert "not finite" in message or "nan or inf" in message
+    assert "loss nan or inf" in message
     assert "Traceback" not in done.stderr and "none" in message
 
 
@@ -386,7 +405,7 @@ OWN_BAD_FLAGS = {
     ("dqn", "--tau 1.5"): "--tau must be from 0 to 1",
     ("dqn", "--hidden-sizes 0 84"): "--hidden-sizes must be from 1",
     ("dqn", "--total-timesteps 100"): "at least --num-envs x --num-steps",
-    ("dqn", "--total-timesteps 5000"): "--learning-starts must be below",
+    ("dqn", "--total-timesteps 10000"): "--learning-starts must be below",
     ("sac", "--env-id gymnax::CartPole-v1"): "use dqn.py",
     ("sac", "--env-id envpool::Pong-v5"): "use dqn.py",
     ("sac", "--buffer-size 100"): "--buffer-size must hold a batch",

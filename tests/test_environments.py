@@ -5,6 +5,7 @@ Each is stepped with random actions and compared with a plain loop over the simu
 
 import sys
 import textwrap
+from pathlib import Path
 
 import gymnasium
 import jax
@@ -370,7 +371,6 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs" / "mine.py").write_text(textwrap.dedent(MINE))
     monkeypatch.setattr(ppo, "__file__", str(tmp_path / "ppo.py"))
-    monkeypatch.syspath_prepend(tmp_path)
 
 
 def test_a_suite_of_the_user_s_own(mine):
@@ -395,3 +395,17 @@ def test_few_new_episodes_are_shared(mine):
     """envs_per_reset, the fourth of what make returns: 8 environments that end share 2 episodes."""
     _, _, steps = play(ppo.make_env("mine::Counter", 8, env_kwargs='{"envs_per_reset": 4}'), 8, 3)
     assert len(set(steps.obs[2, :, 0].tolist())) == 2 and len(set(steps.obs[1, :, 0].tolist())) == 8
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(mine, monkeypatch, capsys):
+    (Path(ppo.__file__).parent / "envs" / "other.py").write_text("import no_such_simulator")
+    monkeypatch.setitem(sys.modules, "gymnax", None)
+    for env_id, words in [
+        ("gymnax::CartPole-v1", "pip install gymnax"),
+        ("other::Task", "needs no_such_simulator: pip install no_such_simulator, or as"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            ppo.make_env(env_id, 2)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert "envs/other.py says" in error

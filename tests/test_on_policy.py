@@ -208,7 +208,7 @@ def test_the_learning_rate_falls_to_0():
 
 def test_record_episodes_agrees_with_a_plain_loop():
     rng = np.random.default_rng(0)
-    stats, running = ppo.init_stats(4), np.zeros((4, 2))
+    stats, running = ppo.EpisodeStats(np.zeros((4, 2))), np.zeros((4, 2))
     finished = []
     for _ in range(6):
         rewards, dones = rng.normal(size=(50, 4)).astype(np.float32), rng.random((50, 4)) < 0.2
