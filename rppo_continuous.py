@@ -617,8 +617,8 @@ def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -
         obs = jax.eval_shape(reset, jax.random.key(0))[1]
         return Env(reset, step, obs.shape[1:], *action_spec(actions), suite in hosts)
     except ModuleNotFoundError as error:
-        see = files.get(suite, "requirements.txt")
-        fail(f"{env_id} needs {error.name}: pip install {error.name}, or as {see} says")
+        how = f"envs/{suite}.py says how" if suite in files else f"pip install {error.name}"
+        fail(f"{env_id} needs {error.name}, which is missing: {how}")
     except Exception as error:  # each simulator has its own
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -791,10 +791,9 @@ def parse_args() -> Args:
     try:
         config = json.loads((args.resume / "config.json").read_text())
         saved = {k: tuple(x) if isinstance(x, list) else x for k, x in config["args"].items()}
-        if config["script"] != script:
-            raise ValueError(f"it is a run of {config['script']}")
+        assert config["script"] == script, f"it is a run of {config['script']}"
         default = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         fail(f"--resume {args.resume} holds no config.json of a run of {script}: {error}")
     args = tyro.cli(Args, default=default)
     for name in ("seed", "num_seeds", "num_envs", "num_steps"):
@@ -960,18 +959,14 @@ def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: 
 
 def write_evaluation(args: Any, run_dir: Path, state: Any, env: Env) -> None:
     """evaluation.json: greedy returns by seed; over seeds, IQM and interval (arXiv:2108.13264)."""
-    seeds = args.seed + np.arange(args.num_seeds)
-    keys = jax.vmap(jax.random.key)(seeds + 2**30)  # other episodes than those trained on
-
-    def play(state):  # jitted whole, so that nothing is copied that acting does not read
-        state = state if args.num_seeds > 1 else jax.tree.map(lambda x: x[None], state)
-        return jax.lax.map(lambda x: evaluate(x[0], env, x[1])[0], (state, keys))
-
-    returns = np.array(jax.jit(play)(state))  # [num_seeds, B]
+    keys = jax.vmap(jax.random.key)(args.seed + 2**30 + np.arange(args.num_seeds))  # not trained on
+    batch = lambda state: jax.tree.map(lambda x: x if args.num_seeds > 1 else x[None], state)
+    play = lambda state: jax.lax.map(lambda x: evaluate(x[0], env, x[1])[0], (batch(state), keys))
+    returns = np.array(jax.jit(play)(state))  # [num_seeds, B]; jit leaves out a replay buffer
     result = {"env_id": args.eval_env_id or args.env_id, "mean": returns.mean(), "seeds": []}
-    for seed, x in zip(seeds, returns, strict=True):
+    for seed, x in enumerate(returns, args.seed):
         own = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
-        result["seeds"].append({"seed": int(seed), "episodes": x.size} | own)
+        result["seeds"].append({"seed": seed, "episodes": x.size} | own)
     if args.num_seeds > 1:
         stats, means = import_module("scipy.stats"), returns.mean(axis=1)
         iqm = partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
