@@ -141,7 +141,7 @@ def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_retu
     lows = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(signed.split(), -(10**9))
     highs = dict.fromkeys(at_most_1.split(), 1) | {"seed": 2**30}
     for name, value in vars(args).items():
-        low, high = lows.get(name, 0), highs.get(name, 10**12)
+        low, high = lows.get(name, 0), highs.get(name, 1e38)
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, int | float) and not low <= x <= high:
                 fail(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")

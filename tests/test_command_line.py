@@ -292,7 +292,7 @@ def test_a_stopped_run_saves_and_resumes(tmp_path, name, number, status):
     here, script = tmp_path / "here", SCRIPT.with_name(f"{name}.py")
     flags = [*SHORT_RUNS[name], "--total-timesteps", 5_000_000, "--run-dir", here]
     process = start(*flags, cwd=tmp_path, script=script)
-    wait_for(lambda: (here / "metrics.csv").exists(), process)
+    wait_for(lambda: (here / "metrics.csv").exists() and rows(here), process)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert "--resume" in (tmp_path / "output").read_text()

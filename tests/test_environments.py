@@ -358,7 +358,7 @@ MINE = """
             return {"time": jnp.zeros(size), "number": number}, (0, number)
 
         def step(key, state, action):
-            time, number = state[0] + 1, jax.random.uniform(key)
+            time, number = state[0] + 1, jax.random.uniform(jax.random.split(key)[0])
             obs = {"time": jnp.full(size, time), "number": number}
             return obs, (time, number), action, time == 3, time == 5
 
