@@ -831,7 +831,7 @@ def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
     env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
-    eval_env = make_eval_env(args, env)
+    make_eval_env(args, env)  # what cannot work is refused now
     run_dir = open_run(args)
     init, train_iteration = make_train(args, env)
     key = jax.random.key(args.seed)
@@ -854,7 +854,7 @@ def main(args: Args) -> Path:
     for number, handler in before.items():
         signal.signal(number, handler)
     if args.eval_episodes:
-        write_evaluation(args, run_dir, state, eval_env)
+        write_evaluation(args, run_dir, state, make_eval_env(args, env))
     return run_dir
 
 

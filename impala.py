@@ -950,7 +950,7 @@ def main(args: Args) -> Path:
     seeds = [args.seed + 2**16 * k for k in range(args.num_actors)]
     size, rest = args.num_envs // args.num_actors, (args.env_kwargs, args.mask_obs)
     envs = [make_env(args.env_id, size, seed, *rest) for seed in seeds]
-    eval_env = make_eval_env(args, envs[0])
+    make_eval_env(args, envs[0])  # what cannot work is refused now
     run_dir = open_run(args)
     init, acts, learn = make_parts(args, *envs)
     key = jax.random.key(args.seed)
@@ -976,7 +976,7 @@ def main(args: Args) -> Path:
         signal.signal(number, handler)
     state = jax.device_put(state, jax.local_devices()[args.learner_device_ids[0]])  # of its copies
     if args.eval_episodes:
-        write_evaluation(args, run_dir, state, eval_env)
+        write_evaluation(args, run_dir, state, make_eval_env(args, envs[0]))
     return run_dir
 
 

@@ -1224,7 +1224,7 @@ def main(args: Args) -> Path:
     env = make_env(args.env_id, share["num_envs"], args.seed, args.env_kwargs, args.mask_obs)
     if env.hosted:
         fail(f"{args.env_id} is stepped outside JAX, on one host: use ppo_trxl.py")
-    eval_env = make_eval_env(args, env)
+    make_eval_env(args, env)  # what cannot work is refused now
     run_dir = share_run(args)
     init, train_iteration = make_train(dataclasses.replace(args, **share), env)
     key = jax.random.key(args.seed)
@@ -1252,7 +1252,7 @@ def main(args: Args) -> Path:
         # The agent alone, off the mesh: every process plays, and process 0 writes what comes out.
         nothing = dict.fromkeys(TrainState._fields)
         state = TrainState(**nothing | {"agent": jax.device_get(state.agent)})
-        write_evaluation(args, run_dir, state, eval_env)
+        write_evaluation(args, run_dir, state, make_eval_env(args, env))
     return run_dir
 
 
