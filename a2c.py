@@ -252,8 +252,7 @@ def compute_gae(
     """Generalised advantage estimation, arXiv:1506.02438, eq. 16 -> advantages, returns.
 
     rewards, values, dones (bool) and both results: [T, B]; last_value: [B], V of the observation
-    after the last step. Where a time limit cut the episode, first add gamma * V(next_obs) to the
-    reward.
+    after the last step. Where a time limit cut, first add gamma * V(next_obs) to the reward.
     """
     next_values = jnp.concatenate([values[1:], last_value[None]])  # [T, B]
     deltas = rewards + gamma * next_values * ~dones - values  # [T, B], TD errors
@@ -356,8 +355,7 @@ def update(agent, opt_state, tx, learning_rate, data, args: Args):
 def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000):
     """Plays the most probable actions for one episode in each environment -> returns, lengths [B].
 
-    Only first episodes count: taking the first to end would favour short ones. An episode that
-    still runs after max_steps counts as it stands.
+    Only first episodes count: those that end first are short. After max_steps, one counts as it is.
     """
 
     def playing(carry):

@@ -386,8 +386,7 @@ def update(agent, target, opt_state, tx, batch: Transition, number: Array, args:
 def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000):
     """Plays the actions of highest value for one episode in each environment -> returns, lengths [B].
 
-    Only first episodes count: taking the first to end would favour short ones. An episode that
-    still runs after max_steps counts as it stands.
+    Only first episodes count: those that end first are short. After max_steps, one counts as it is.
     """
 
     def playing(carry):

@@ -530,8 +530,7 @@ def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Arg
 def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000):
     """Plays the squashed means for one episode in each environment -> returns, lengths [B].
 
-    Only first episodes count: taking the first to end would favour short ones. An episode that
-    still runs after max_steps counts as it stands.
+    Only first episodes count: those that end first are short. After max_steps, one counts as it is.
     """
 
     def playing(carry):
