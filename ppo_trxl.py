@@ -55,11 +55,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module, metadata, util
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
@@ -71,7 +71,7 @@ import tqdm
 import tyro
 from flax import nnx
 from jax import Array
-from jax.experimental import io_callback
+from jax.experimental import buffer_callback, io_callback
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
 
@@ -510,13 +510,11 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 # --- Advantages -----------------------------------------------------------------------------------
 
 
-def compute_gae(
-    rewards: Array, values: Array, dones: Array, last_value: Array, gamma: float, gae_lambda: float
-) -> tuple[Array, Array]:
-    """Generalised advantage estimation, arXiv:1506.02438, eq. 16 -> advantages, returns.
+def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation, arXiv:1506.02438, eq. 16 -> advantages, returns, both [T, B].
 
-    rewards, values, dones (bool) and both results: [T, B]; last_value: [B], V of the observation
-    after the last step. Where a time limit cut, first add gamma * V(next_obs) to the reward.
+    rewards (plus gamma * V(next_obs) where a time limit cut), values, dones: [T, B]; last_value: [B],
+    V of the observation after the last step.
     """
     next_values = jnp.concatenate([values[1:], last_value[None]])  # [T, B]
     deltas = rewards + gamma * next_values * ~dones - values  # [T, B], TD errors
@@ -746,9 +744,8 @@ def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
     try:
         make = suites.get(suite) or runpy.run_path(str(files[suite]))["make"]
-        own = (name, num_envs, seed) if suite in hosts else (name,)
-        reset, step, actions, *rest = make(*own, **json.loads(env_kwargs))
-        batch = host_env if suite in hosts else vmap_env
+        batch, of = (host_env, (num_envs, seed)) if suite in hosts else (vmap_env, ())
+        reset, step, actions, *rest = make(name, *of, **json.loads(env_kwargs))
         reset, step = batch(num_envs, partial(shape_obs, mask_obs), reset, step, *rest)
         obs = jax.eval_shape(reset, jax.random.key(0))[1]
         return Env(reset, step, obs.shape[1:], *action_spec(actions), suite in hosts)
@@ -842,52 +839,47 @@ def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
 
 
 def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
-    """EnvPool's own reset would come one step late. On a Linux CPU its steps are XLA calls."""
+    """EnvPool's own reset would come one step late."""
     pool = import_module("envpool").make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
     assert pool.config["max_num_players"] == 1, "it has several players"
     reset = lambda chosen: pool.reset(np.flatnonzero(chosen).astype(np.int32))[0]
-    arrays = [*pool.spec.state_array_spec.values(), *pool.spec.action_array_spec.values()]
-    fast = sys.platform == "linux" and jax.default_backend() == "cpu"
-    fast &= all(np.dtype(x.dtype).itemsize <= 4 for x in arrays)  # XLA calls would halve others
-    fast &= pool.observation_space.shape is not None  # one array, not a tree
-    return reset, pool.step, pool.action_space, pool.xla() if fast else None
+    return reset, pool.step, pool.action_space
 
 
-def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, xla=None):
-    """A simulator's reset(chosen [B]) and step(action) -> an Env's; with xla, JAX calls step."""
+def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable):
+    """A simulator's reset(chosen [B]) and step(action) -> an Env's; one call from JAX a step."""
     everyone = np.ones(num_envs, bool)
     obs_type = jax.tree.map(jnp.asarray, reset(everyone))  # [B, ...]
-    step_type = Timestep(obs_type, obs_type, jnp.zeros(num_envs), everyone, everyone)
+    step_type = np.int32(0), Timestep(obs_type, obs_type, jnp.zeros(num_envs), everyone, everyone)
 
-    def replace_ended(obs, done):  # in numpy: a callback that calls JAX can wait for itself
-        obs = jax.tree.map(np.array, obs)
+    def host_step(token, action):  # in numpy: a callback that calls JAX can wait for itself
+        next_obs, reward, terminated, truncated, *_ = step(np.asarray(action))
+        obs, done = jax.tree.map(np.array, next_obs), terminated | truncated
         if done.any():
             for old, new in zip(jax.tree.leaves(obs), jax.tree.leaves(reset(done)), strict=True):
                 old[done] = new
-        return obs
-
-    def host_step(action):
-        next_obs, reward, terminated, truncated, *_ = step(np.asarray(action))
-        obs = replace_ended(next_obs, terminated | truncated)
-        return Timestep(obs, next_obs, reward, terminated, truncated)
+        return 0, Timestep(obs, next_obs, reward, terminated, truncated)
 
     def env_reset(key):
-        obs = io_callback(lambda: reset(everyone), obs_type, ordered=True)
-        return jnp.asarray(xla[0]) if xla else jnp.int32(0), shape(obs)
+        token, obs = call_host(lambda: (0, reset(everyone)), (np.int32(0), obs_type))
+        return token, shape(obs)
 
-    def env_step(key, handle, action):
-        if xla:
-            handle, (next_obs, *rest, _) = xla[3](handle, action)
-            done, before = rest[1] | rest[2], (handle, next_obs)
-            # The callback returns the handle too: without that the next step would not wait for it.
-            replace = lambda handle, obs, done: (handle, replace_ended(obs, np.asarray(done)))
-            resets = lambda: io_callback(replace, before, *before, done, ordered=True)
-            handle, obs = jax.lax.cond(done.any(), resets, lambda: before)
-        else:
-            obs, next_obs, *rest = io_callback(host_step, step_type, action, ordered=True)
-        return handle, Timestep(shape(obs), shape(next_obs), *rest)
+    def env_step(key, token, action):  # who passes `token` on has his steps in order
+        token, (obs, next_obs, *rest) = call_host(host_step, step_type, token, action)
+        return token, Timestep(shape(obs), shape(next_obs), *rest)
 
     return env_reset, env_step
+
+
+def call_host(call: Callable, result_type: Any, *args: Array) -> Any:
+    """call(*args), in numpy, whenever the compiled program comes to it."""
+    if jax.default_backend() != "cpu":
+        return io_callback(call, result_type, *args, ordered=True)
+
+    def write(_, result, *args):  # into JAX's own memory, in an eighth of io_callback's time
+        jax.tree.map(lambda x, y: np.copyto(np.asarray(x), y), result, call(*args))
+
+    return buffer_callback.buffer_callback(write, result_type, has_side_effect=True)(*args)
 
 
 # --- Logging & checkpoints ------------------------------------------------------------------------
@@ -948,27 +940,21 @@ def open_run(args: Any) -> Path:
     run_dir = args.resume or args.run_dir or new
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=run_dir).close()  # may it be written to?
-        if any(run_dir.iterdir()) and not args.resume:
-            raise FileExistsError(f"{run_dir} is not empty")
+        if not os.access(run_dir, os.W_OK) or any(run_dir.iterdir()) and not args.resume:
+            raise FileExistsError(f"{run_dir} is not empty, or not to be written to")
     except OSError as error:
         fail(f"{error}: choose another --run-dir, or go on with --resume")
     print(f"{args.env_id} -> {run_dir}", flush=True)
     return run_dir
 
 
-def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
-    """Writes config.json -> log(step, metrics [num_seeds]) for metrics.csv, TensorBoard and W&B."""
+def open_trackers(args: Any, run_dir: Path) -> list[Callable]:
+    """Writes config.json -> functions of name, value and step, for TensorBoard and W&B."""
     versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
     config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "versions": versions}
     (run_dir / "config.part").write_text(json.dumps(config, indent=2, default=str) + "\n")
     (run_dir / "config.part").replace(run_dir / "config.json")  # a kill leaves the old or the new
-    path, began, launched, trackers = run_dir / "metrics.csv", time.time(), LAUNCHED, []
-    if first_step and path.exists():  # drop what came after the checkpoint
-        header, *lines = path.read_text().splitlines(keepends=True)
-        lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
-        os.truncate(path, len(header) + sum(map(len, lines)))
-        launched -= float(lines[-1].split(",")[1]) if lines else 0.0
+    trackers = []
     if args.tensorboard:
         trackers.append(import_module("tensorboardX").SummaryWriter(str(run_dir)).add_scalar)
     if args.track:
@@ -976,6 +962,18 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
         options["id"] = re.sub(r"\W", "-", str(run_dir.resolve()))[-64:]  # the same when resumed
         run = import_module("wandb").init(config=config["args"], **options)
         trackers.append(lambda name, value, step: run.log({name: value}, step=step))
+    return trackers
+
+
+def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
+    """-> log(step, metrics [num_seeds]), which adds rows to metrics.csv and to the trackers."""
+    path, trackers = run_dir / "metrics.csv", open_trackers(args, run_dir)
+    began, launched = time.time(), LAUNCHED
+    if first_step and path.exists():  # drop what came after the checkpoint
+        header, *lines = path.read_text().splitlines(keepends=True)
+        lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
+        os.truncate(path, len(header) + sum(map(len, lines)))
+        launched -= float(lines[-1].split(",")[1]) if lines else 0.0
     file = path.open("a", buffering=1, newline="\n")  # each line is written at once
 
     def log(step, metrics):
@@ -983,7 +981,7 @@ def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
         for k, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
             row = {"step": step, "seconds": round(now - launched, 3), "seed": seed}
             row["charts/SPS"] = round((step - first_step) / (now - began))
-            row |= {name: float(x[k]) for name, x in metrics.items()}
+            row |= {name: float(np.atleast_1d(x)[k]) for name, x in metrics.items()}
             if file.tell() == 0:
                 print(*row, sep=",", file=file)
             print(*row.values(), sep=",", file=file)
@@ -1012,11 +1010,12 @@ def checkpoints(run_dir: Path) -> Any:
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 
 
-def save_checkpoint(run_dir: Path, iteration: int, state: Any) -> None:
+def save_checkpoint(run_dir: Path, state: Any) -> None:
     """Saves the arrays of the state as checkpoints/<iteration>, if it is not there already."""
     arrays = [x for x in jax.tree.leaves(state) if x.size]  # Orbax refuses empty ones
+    form = import_module("orbax.checkpoint").args.StandardSave(arrays)
     with checkpoints(run_dir) as manager:
-        manager.save(iteration, args=import_module("orbax.checkpoint").args.StandardSave(arrays))
+        manager.save(int(np.max(state.iteration)), args=form)
 
 
 def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
@@ -1036,8 +1035,13 @@ def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
     return state
 
 
-def compile_training(init: Callable, train_iteration: Callable, key: Array) -> tuple[Any, Callable]:
+def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tuple[Any, Callable]:
     """-> the first state; train(state, n), n iterations in one call whose losses are means."""
+    key = jax.random.key(args.seed)
+    if args.num_seeds > 1:
+        key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
     train_iteration = jax.jit(train_iteration)  # so that it is traced once
 
     def train(state, num_iterations):
@@ -1056,40 +1060,29 @@ def compile_training(init: Callable, train_iteration: Callable, key: Array) -> t
 
 
 def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
-    """Calls train until the budget, the target or a signal ends it, and saves -> the last state."""
+    """Calls train until the budget, the target or a signal ends it -> the last state."""
     iteration, iteration_steps = int(np.max(state.iteration)), args.num_envs * args.num_steps
     total, first = args.num_iterations * iteration_steps, iteration * iteration_steps
     # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
     strides = [max(1, CALL_STEPS // iteration_steps), args.checkpoint_every or args.num_iterations]
-    log, printed, reached = open_log(args, run_dir, first), 0.0, False
-    with tqdm.tqdm(total=total, initial=first, unit=" steps", unit_scale=True, disable=None) as bar:
+    log, reached = open_log(args, run_dir, first), False
+    shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 2}
+    with tqdm.tqdm(total=total, initial=first, unit=" steps", unit_scale=True, **shown) as bar:
         while iteration < args.num_iterations and not reached and not caught:
             end = min(args.num_iterations, *[iteration - iteration % n + n for n in strides])
             state, metrics = jax.block_until_ready(train(state, end - iteration))
             iteration, step = end, end * iteration_steps
-            metrics = {name: np.atleast_1d(x) for name, x in metrics.items()}  # [num_seeds]
             log(step, metrics)
-            returns, episodes = metrics["charts/episodic_return"], metrics["charts/episodes"]
-            bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
-            bar.update(step - bar.n)
-            if bar.disable and (time.time() - printed > 2 or step == total):
-                printed = time.time()
-                print(f"{step:,} of {total:,} steps, return {returns.mean():.1f}", flush=True)
+            returns = np.array(metrics["charts/episodic_return"])
             if not np.isfinite([x for name, x in metrics.items() if "losses/" in name]).all():
-                last = checkpoints(run_dir).latest_step() or "none, see --checkpoint-every"
-                sys.exit(f"loss nan or inf at step {step}; last checkpoint in {run_dir}: {last}")
+                sys.exit(f"loss nan or inf at step {step}; earlier checkpoints, if any: {run_dir}")
             if args.checkpoint_every and iteration % args.checkpoint_every == 0:
-                save_checkpoint(run_dir, iteration, state)
-            if args.target_return is not None and min(episodes) >= 100:
-                reached = min(returns) >= args.target_return
-    if reached:
-        print(f"target return {args.target_return:g} reached: {step:,} steps", flush=True)
-    save_checkpoint(run_dir, iteration, state)
-    if iteration:
-        plot_curve(run_dir)
-    if caught:
-        print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + caught[0])
+                save_checkpoint(run_dir, state)
+            if args.target_return is not None and np.min(metrics["charts/episodes"]) >= 100:
+                reached = returns.min() >= args.target_return
+            bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
+            if (bar.update(step - bar.n) or reached) and shown:
+                print(bar, flush=True)
     return state
 
 
@@ -1124,32 +1117,39 @@ def make_eval_env(args: Any, env: Env) -> Env:
     return eval_env
 
 
+@contextmanager
+def noted_signals(run_dir: Path) -> Any:
+    """Gives a list. The first Ctrl-C or SIGTERM is put there, the second ends the program."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield caught
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if caught:
+        print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + caught[0])
+
+
 def main(args: Args) -> Path:
     """Trains, saves and evaluates -> the run's folder."""
     check_args(args)
     env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
     make_eval_env(args, env)  # what cannot work is refused now
     run_dir = open_run(args)
-    init, train_iteration = make_train(args, env)
-    key = jax.random.key(args.seed)
-    if args.num_seeds > 1:
-        key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
-        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
-        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
-    state, train = compile_training(init, train_iteration, key)
+    state, train = compile_training(args, *make_train(args, env))
     if args.resume:
         state = load_checkpoint(run_dir, state, env.hosted)
-    caught = []
-
-    def note(number, frame):  # the first Ctrl-C or SIGTERM; the second ends the program
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    state = run_training(args, run_dir, state, train, caught)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with noted_signals(run_dir) as caught:
+        state = run_training(args, run_dir, state, train, caught)
+        save_checkpoint(run_dir, state)
+        if (run_dir / "metrics.csv").stat().st_size:
+            plot_curve(run_dir)
     if args.eval_episodes:
         write_evaluation(args, run_dir, state, make_eval_env(args, env))
     return run_dir

@@ -29,6 +29,7 @@ The peak is that of a product of the larger layer's size, 128 x 120 x 84, which 
 ..._jax012: the same with rejax on jax 0.12, which our simulators do not permit yet.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -194,16 +195,9 @@ def our_script(name: str):
 
 def our_training(script, args, num_seeds: int = 1) -> tuple:
     """-> train(state, calls) -> state, and the first state."""
-    import jax
-    import jax.numpy as jnp
-
     env = script.make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs)
-    init, train_iteration = script.make_train(args, env)
-    key = jax.random.key(0)
-    if num_seeds > 1:
-        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
-        key = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
-    state, train = script.compile_training(init, train_iteration, key)
+    args = dataclasses.replace(args, num_seeds=num_seeds)
+    state, train = script.compile_training(args, *script.make_train(args, env))
     return lambda state, calls: train(state, calls)[0], state
 
 

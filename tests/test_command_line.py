@@ -121,7 +121,8 @@ def test_a_row_holds_the_mean_loss_of_its_call_and_the_last_of_all_else():
     def train_iteration(state):
         return state + 1, {"losses/loss": 1.0 * state, "charts/episodes": state}
 
-    state, train = ppo.compile_training(lambda key: jax.numpy.int32(3), train_iteration, 0)
+    init = lambda key: jax.numpy.int32(3)
+    state, train = ppo.compile_training(ppo.Args(), init, train_iteration)
     state, metrics = train(state, 4)
     assert state == 7 and metrics == {"losses/loss": (3 + 4 + 5 + 6) / 4, "charts/episodes": 6}
 
@@ -193,7 +194,7 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
 @pytest.mark.thorough
 def test_target_return_stops_the_run(tmp_path):
     done = run(*SHORT, "--total-timesteps", 500_000, "--target-return", 100, cwd=tmp_path)
-    assert "target return 100 reached" in done.stdout, done.stdout + done.stderr
+    assert "return 1" in done.stdout.splitlines()[-2], done.stdout + done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     metrics = rows(run_dir)
     before, last = [float(row["charts/episodic_return"]) for row in metrics[-2:]]
@@ -325,7 +326,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert "loss nan or inf" in message
-    assert "Traceback" not in done.stderr and "none" in message
+    assert "Traceback" not in done.stderr and not (tmp_path / "here/checkpoints").exists()
 
 
 # --- Bad input ------------------------------------------------------------------------------------

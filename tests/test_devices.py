@@ -119,7 +119,7 @@ def test_four_devices_learn_what_one_device_learns(tmp_path):
         compare(small_args("ppo_trxl_pmap", 3, **small), 3)
         small |= {"update_epochs": 3, "num_minibatches": 1}
         state = compare(small_args("ppo_trxl_pmap", 3, **small), 1)
-        ppo_trxl_pmap.save_checkpoint(pathlib.Path(sys.argv[1]), 1, state)
+        ppo_trxl_pmap.save_checkpoint(pathlib.Path(sys.argv[1]), state)
         arrays = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
         np.savez(sys.argv[1] + "/arrays.npz", *arrays)
         assert state.acting.obs.sharding.shard_shape(state.acting.obs.shape)[0] == 4
