@@ -178,7 +178,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -270,8 +270,8 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
 
 def a2c_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Policy gradient, value and entropy loss (sec. 4) of a batch [T, B, ...] -> loss, metrics."""
-    assert batch.obs.shape[:2] == batch.action.shape == advantages.shape == returns.shape
     pi, value = agent(batch.obs)
+    assert value.shape == batch.action.shape == advantages.shape == returns.shape
 
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -304,7 +304,7 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)

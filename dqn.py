@@ -169,7 +169,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]

@@ -103,7 +103,7 @@ def load_state(script: Any, args: Any, run: Path, seed: int) -> Any:
         args = dataclasses.replace(args, num_envs=args.num_envs // jax.device_count())
     num_envs = args.num_envs // num_actors
     env = script.make_env(args.env_id, num_envs, args.seed, args.env_kwargs, args.mask_obs)
-    init, _ = script.make_train(args, *[env] * num_actors)
+    init, *_ = script.make_train(args, *[env] * num_actors)
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
         seeds = args.seed + np.arange(args.num_seeds)

@@ -207,7 +207,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -285,12 +285,14 @@ def compute_vtrace(
     c_bar: float = 1.0,
     vtrace_lambda: float = 1.0,
 ) -> tuple[Array, Array]:
-    """V-trace, arXiv:1802.01561, sec. 4.1 -> targets v_t of the values, advantages.
+    """V-trace, arXiv:1802.01561, sec. 4.1 -> targets v_t of the values, advantages before their weight.
 
         rho_t = min(rho_bar, ratio_t),  c_t = lambda min(c_bar, ratio_t)
         delta_t = rho_t (r_t + gamma V(x_t+1) - V(x_t))
         v_t = V(x_t) + delta_t + gamma c_t (v_t+1 - V(x_t+1))                          (remark 1)
-        advantage_t = rho_t (r_t + gamma v_t+1 - V(x_t))                               (sec. 4.2)
+        advantage_t = r_t + gamma (V(x_t+1) + lambda (v_t+1 - V(x_t+1))) - V(x_t)
+
+    The paper's lambda is 1, and rho_t the weight of the advantage in its gradient (sec. 4.2).
 
     rewards, values, dones (bool), ratios pi(a|x) / mu(a|x) and both results: [T, B]; last_value: [B],
     V of the observation after the last step. Nothing passes an end: where done, V(x_t+1) and v_t+1 are
@@ -299,51 +301,52 @@ def compute_vtrace(
     discounts = gamma * ~dones  # [T, B]
     rhos, cs = jnp.minimum(rho_bar, ratios), vtrace_lambda * jnp.minimum(c_bar, ratios)
     next_values = jnp.concatenate([values[1:], last_value[None]])  # [T, B]
-    deltas = rhos * (rewards + discounts * next_values - values)  # [T, B]
+    errors = rewards + discounts * next_values - values  # [T, B], TD errors
 
-    def backward(error, step):
+    def backward(change, step):
         delta, discount, c = step
-        error = delta + discount * c * error  # v_t - V(x_t)
-        return error, error
+        change = delta + discount * c * change  # v_t - V(x_t)
+        return change, change
 
     start = jnp.zeros_like(last_value)
-    _, errors = jax.lax.scan(backward, start, (deltas, discounts, cs), reverse=True, unroll=8)
-    targets = values + errors
-    next_targets = jnp.concatenate([targets[1:], last_value[None]])
-    return targets, rhos * (rewards + discounts * next_targets - values)
+    _, changes = jax.lax.scan(
+        backward, start, (rhos * errors, discounts, cs), reverse=True, unroll=8
+    )
+    next_changes = jnp.concatenate([changes[1:], start[None]])
+    return values + changes, errors + vtrace_lambda * discounts * next_changes
+
+
+def compute_targets(agent: Agent, batch: Transition, last_obs: Array, args: Args):
+    """What has no gradient -> targets of the values, weighted advantages [T, M], metrics.
+
+    last_obs: [M, *obs_shape], after the last step.
+    """
+    pi, value = agent(batch.obs)
+    logratio = pi.log_prob(batch.action) - batch.logprob
+    ratios = jnp.exp(logratio)
+    # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
+    value_beyond = lambda: jnp.where(batch.cut, agent(batch.next_obs)[1], 0.0)
+    final_value = jax.lax.cond(batch.cut.any(), value_beyond, lambda: jnp.zeros_like(value))
+    rewards = args.reward_scale * batch.reward + args.gamma * final_value
+    played, bounds = (rewards, value, batch.done, agent(last_obs)[1]), (args.rho_bar, args.c_bar)
+    targets, advantages = compute_vtrace(*played, ratios, args.gamma, *bounds, args.vtrace_lambda)
+    if args.norm_adv:  # first: centred with their weights, they would favour what mu did rarely
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    metrics = {
+        "losses/approx_kl": (ratios - 1 - logratio).mean(),  # of the lag of one update
+        "losses/explained_variance": 1.0 - jnp.var(targets - value) / (jnp.var(targets) + 1e-8),
+    }
+    return targets, jnp.minimum(args.rho_bar, ratios) * advantages, metrics
 
 
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def impala_loss(agent: Agent, batch: Transition, last_obs: Array, args: Args):
-    """Policy gradient, value and entropy loss (sec. 4.2) of [T, M, ...] -> loss, metrics.
-
-    last_obs: [M, *obs_shape], after the last step.
-    """
+def impala_loss(agent: Agent, batch: Transition, targets: Array, advantages: Array, args: Args):
+    """Policy gradient, value and entropy loss (sec. 4.2) of [T, M, ...] -> loss, metrics."""
     pi, value = agent(batch.obs)
     logprob = pi.log_prob(batch.action)
-    logratio = jax.lax.stop_gradient(logprob) - batch.logprob
-    # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
-    final_value = jax.lax.cond(
-        batch.cut.any(),
-        lambda: jnp.where(batch.cut, jax.lax.stop_gradient(agent(batch.next_obs)[1]), 0.0),
-        lambda: jnp.zeros_like(batch.reward),
-    )
-    targets, advantages = compute_vtrace(
-        args.reward_scale * batch.reward + args.gamma * final_value,
-        jax.lax.stop_gradient(value),
-        batch.done,
-        jax.lax.stop_gradient(agent(last_obs)[1]),
-        jnp.exp(logratio),
-        args.gamma,
-        args.rho_bar,
-        args.c_bar,
-        args.vtrace_lambda,
-    )
     assert logprob.shape == advantages.shape == value.shape == targets.shape == batch.reward.shape
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     pg_loss = -(logprob * advantages).mean()
     v_loss = 0.5 * ((value - targets) ** 2).mean()
     entropy = pi.entropy().mean()
@@ -352,8 +355,6 @@ def impala_loss(agent: Agent, batch: Transition, last_obs: Array, args: Args):
         "losses/policy_loss": pg_loss,
         "losses/value_loss": v_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (jnp.exp(logratio) - 1 - logratio).mean(),  # of the lag of one update
-        "losses/explained_variance": 1.0 - jnp.var(targets - value) / (jnp.var(targets) + 1e-8),
     }
 
 
@@ -372,43 +373,33 @@ class TrainState(NamedTuple):
     iteration: Array  # iterations done
 
 
-def make_train(args: Args, *envs: "Env") -> tuple[Callable, Callable]:
-    """-> init(key) -> state, and train_iteration(state) -> (state, metrics).
-
-    This is what the threads compute, one thing after the other; envs: one for each actor thread.
-    """
-    init, acts, learn = make_parts(args, *envs)
-
-    def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        inputs = zip(acts, state.acting, state.keys, strict=True)
-        rollouts = [act(state.acting_agent, *rest) for act, *rest in inputs]
-        return learn(state, *zip(*rollouts, strict=True))
-
-    return init, train_iteration
-
-
-def make_parts(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Callable]:
-    """-> init(key) -> state; for each actor act(agent, acting, key) -> acting, key, batch; and
-    learn(state, acting, keys, batches), with what the actors returned as tuples, -> state, metrics.
+def make_train(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Callable]:
+    """-> init(key) -> state; for each of envs, actor(agent, acting, key) -> acting, key, batch; and
+    learner(state, acting, keys, batches), with what the actors gave as tuples, -> state, metrics.
     """
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, actor_key = jax.random.split(key, 3)
         env, env_keys = envs[0], jax.random.split(env_key, len(envs))
         agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
         acting = tuple(Acting(*env.reset(env_keys[k])) for k, env in enumerate(envs))
-        actor, keys = jax.tree.map(jnp.copy, agent), tuple(jax.random.split(actor_key, len(envs)))
-        stats, opt_state = EpisodeStats(jnp.zeros((args.num_envs, 2))), tx.init(agent)
-        return TrainState(agent, actor, opt_state, acting, stats, keys, jnp.int32(0))
+        acting_agent = jax.tree.map(jnp.copy, agent)
+        stats, keys = (
+            EpisodeStats(jnp.zeros((args.num_envs, 2))),
+            jax.random.split(actor_key, len(envs)),
+        )
+        return TrainState(
+            agent, acting_agent, tx.init(agent), acting, stats, tuple(keys), jnp.int32(0)
+        )
 
-    def act(env, agent, acting, key):
+    def actor(env, agent, acting, key):
         rollout_key, key = jax.random.split(key)
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         return acting, key, batch
 
-    def learn(state: TrainState, acting: tuple, keys: tuple, batches: tuple):
+    def learner(state: TrainState, acting: tuple, keys: tuple, batches: tuple):
         agent, _, opt_state, _, stats, _, iteration = state
         batch = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *batches)  # [T, B, ...]
         assert batch.reward.shape == (args.num_steps, args.num_envs)
@@ -423,7 +414,7 @@ def make_parts(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Call
         state = TrainState(agent, state.agent, opt_state, acting, stats, keys, iteration + 1)
         return state, metrics
 
-    return init, [partial(act, env) for env in envs], learn
+    return init, [partial(actor, env) for env in envs], learner
 
 
 def update(agent, opt_state, tx, learning_rate, batch: Transition, last_obs: Array, args: Args):
@@ -435,10 +426,14 @@ def update(agent, opt_state, tx, learning_rate, batch: Transition, last_obs: Arr
 
     def minibatch_step(carry, minibatch):
         agent, opt_state = carry
-        grads, metrics = jax.grad(impala_loss, has_aux=True)(agent, *minibatch, args)
+        batch, last_obs = minibatch
+        targets, advantages, off_policy = compute_targets(agent, batch, last_obs, args)
+        grads, metrics = jax.grad(impala_loss, has_aux=True)(
+            agent, batch, targets, advantages, args
+        )
         updates, opt_state = tx.update(grads, opt_state)
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
-        return (agent, opt_state), metrics
+        return (agent, opt_state), metrics | off_policy
 
     # [N, T, M, ...] and [N, M, ...]
     minibatches = (jax.tree.map(lambda x: split(x, 1), batch), split(last_obs, 0))
@@ -449,42 +444,40 @@ def update(agent, opt_state, tx, learning_rate, batch: Transition, last_obs: Arr
 # --- Threads --------------------------------------------------------------------------------------
 
 
-def actor_loop(act: Callable, jobs: queue.Queue, rollouts: queue.Queue) -> None:
-    """An actor thread: plays a rollout for each job, until the job None. An error is handed on."""
+def actor_loop(actor: Callable, jobs: queue.Queue, rollouts: queue.Queue) -> None:
+    """An actor's thread: plays a rollout for each job, until the job None. An error is handed on."""
     try:
         while (job := jobs.get()) is not None:
-            rollouts.put(jax.block_until_ready(act(*job)))
+            rollouts.put(jax.block_until_ready(actor(*job)))
     except BaseException as error:
         rollouts.put(error)
 
 
 @contextmanager
-def actor_threads(args: Args, acts: list[Callable], learn: Callable, state: TrainState):
+def actor_threads(args: Args, actors: list[Callable], learner: Callable, state: TrainState):
     """Yields train(state, n), which runs n iterations with the actors in threads of their own. They
     begin to play from the given state, and there is always a rollout under way, one too many at the end.
 
-    It computes what n times train_iteration would: the learner takes the rollouts, sends the actors on
-    with its agent, and only then updates that agent. An error in an actor is raised in train.
+    An iteration: the learner takes the rollouts, sends the actors on with its agent, and only then
+    updates that agent. So timing changes nothing. An error in an actor is raised in train.
     """
     devices = jax.local_devices()
-    places = [devices[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)]
-    learners = np.array([devices[i] for i in args.learner_device_ids])
-    mesh = Mesh(learners, "learner")
-    batch_axes = [None] * (1 + (args.num_seeds > 1)) + ["learner"]  # of [T, B], or [seeds, T, B]
-    shared, copied = (
-        NamedSharding(mesh, PartitionSpec(*batch_axes)),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-    acts, learn = [jax.jit(act) for act in acts], jax.jit(learn)
-    jobs, rollouts = [[queue.Queue(maxsize=1) for _ in acts] for _ in range(2)]
+    actor_devices = [
+        devices[i] for i in args.actor_device_ids for _ in range(args.num_actor_threads)
+    ]
+    mesh = Mesh(np.array([devices[i] for i in args.learner_device_ids]), "learner")
+    axes = [None] * (1 + (args.num_seeds > 1)) + ["learner"]  # of [T, B], or [seeds, T, B]
+    sharded, replicated = [NamedSharding(mesh, PartitionSpec(*x)) for x in (axes, ())]
+    actors, learner = [jax.jit(actor) for actor in actors], jax.jit(learner)
+    jobs, rollouts = [[queue.Queue(maxsize=1) for _ in actors] for _ in range(2)]
     threads = [
-        threading.Thread(target=actor_loop, args=parts, name="actor", daemon=True)
-        for parts in zip(acts, jobs, rollouts, strict=True)
+        threading.Thread(target=actor_loop, args=loop, name="actor", daemon=True)
+        for loop in zip(actors, jobs, rollouts, strict=True)
     ]
 
     def send(agent, acting, keys):
-        for place, job, *parts in zip(places, jobs, acting, keys, strict=True):
-            job.put(jax.device_put((agent, *parts), place))
+        for device, job, *own in zip(actor_devices, jobs, acting, keys, strict=True):
+            job.put(jax.device_put((agent, *own), device))
 
     def receive(rollout):
         result = rollout.get()
@@ -493,13 +486,13 @@ def actor_threads(args: Args, acts: list[Callable], learn: Callable, state: Trai
         return result
 
     def train(state, num_iterations):
-        state = jax.device_put(state, copied)
+        state = jax.device_put(state, replicated)
         history = []
         for _ in range(num_iterations):
             acting, keys, batches = zip(*map(receive, rollouts), strict=True)
             send(state.agent, acting, keys)
-            rest = jax.device_put((acting, keys), copied)
-            state, metrics = learn(state, *rest, jax.device_put(batches, shared))
+            rest = jax.device_put((acting, keys), replicated)
+            state, metrics = learner(state, *rest, jax.device_put(batches, sharded))
             history.append({name: x for name, x in metrics.items() if "losses/" in name})
         return state, metrics | jax.tree.map(lambda *x: np.mean(x, axis=0), *history)
 
@@ -959,18 +952,18 @@ def main(args: Args) -> Path:
     envs = [make_env(args.env_id, size, seed, *rest) for seed in seeds]
     make_eval_env(args, envs[0])  # what cannot work is refused now
     run_dir = open_run(args)
-    init, acts, learn = make_parts(args, *envs)
+    init, actors, learner = make_train(args, *envs)
     key = jax.random.key(args.seed)
     if args.num_seeds > 1:
         key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
         # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
         init = partial(jax.lax.map, init)
-        acts, learn = [jax.vmap(act) for act in acts], jax.vmap(learn)
+        actors, learner = [jax.vmap(actor) for actor in actors], jax.vmap(learner)
     state = jax.jit(init)(key)
     if args.resume:
         state = load_checkpoint(run_dir, state, envs[0].hosted)
     with noted_signals(run_dir) as caught:
-        with actor_threads(args, acts, learn, state) as train:
+        with actor_threads(args, actors, learner, state) as train:
             state = run_training(args, run_dir, state, train, caught)
         save_checkpoint(run_dir, state)
         if (run_dir / "metrics.csv").stat().st_size:

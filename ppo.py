@@ -182,7 +182,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -276,11 +276,10 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
 
 def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [M, ...] -> loss, metrics."""
-    assert batch.obs.shape[:1] == batch.logprob.shape == advantages.shape == returns.shape
     pi, value = agent(batch.obs)
+    assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
     logratio = pi.log_prob(batch.action) - batch.logprob
     ratio = jnp.exp(logratio)
-
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -320,7 +319,7 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)  # detail 11
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
@@ -364,6 +363,7 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
         minibatch = jax.tree.map(lambda x: x[indices], data)
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
+        # A schedule inside tx would count these steps, of which target_kl skips some.
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics
 

@@ -101,6 +101,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     norm_obs: bool = False  # normalise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    log_std_init: float = 0.0  # log of the standard deviation of the actions at the start
     hidden_size: int = 64  # width of the two hidden layers of actor and critic
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
@@ -140,7 +141,8 @@ def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_retu
 def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
     counts = "num_seeds num_envs num_steps num_minibatches update_epochs hidden_size"
-    check_ranges(args, at_least_1=counts, at_most_1="gamma gae_lambda")
+    signed = "target_return log_std_init"
+    check_ranges(args, at_least_1=counts, at_most_1="gamma gae_lambda", signed=signed)
     if args.batch_size % args.num_minibatches:
         divisors = [n for n in range(1, args.batch_size + 1) if args.batch_size % n == 0]
         fail(f"--num-minibatches must divide --num-envs x --num-steps: take one of {divisors}")
@@ -190,7 +192,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -202,11 +204,11 @@ class CNN(nnx.Module):
 class Agent(nnx.Module):
     """Separate actor and critic (detail 13), orthogonal weights (detail 2); images: one encoder."""
 
-    def __init__(self, obs_shape: tuple[int, ...], action_size: int, hidden_size: int, rngs):
+    def __init__(self, obs_shape, action_size: int, hidden_size: int, log_std: float, rngs):
         self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.encoder.out_size if self.encoder else obs_shape[0]
         self.actor = MLP(in_size, hidden_size, action_size, 0.01, rngs)  # the mean starts near 0
-        self.log_std = nnx.Param(jnp.zeros(action_size))  # details c2 and c3
+        self.log_std = nnx.Param(jnp.full(action_size, log_std))  # details c2 and c3
         self.critic = MLP(in_size, hidden_size, 1, 1.0, rngs)
 
     def __call__(self, obs: Array) -> tuple[distrax.Distribution, Array]:
@@ -338,11 +340,10 @@ def normalize_rewards(rewards, dones, discounted, stats: RunningStats | None, ga
 
 def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [M, ...] -> loss, metrics."""
-    assert batch.obs.shape[:1] == batch.logprob.shape == advantages.shape == returns.shape
     pi, value = agent(batch.obs)
+    assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
     logratio = pi.log_prob(batch.action) - batch.logprob
     ratio = jnp.exp(logratio)
-
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -384,11 +385,12 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)  # detail 11
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
-        agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
+        sizes = (env.obs_shape, env.action_size, args.hidden_size)
+        agent = Agent(*sizes, args.log_std_init, nnx.Rngs(agent_key))
         acting = Acting(*env.reset(env_key), jnp.zeros(args.num_envs))
         obs_stats = init_running(env.obs_shape) if args.norm_obs else None
         return_stats = init_running(()) if args.norm_reward else None
@@ -441,6 +443,7 @@ def update(agent, opt_state, tx, learning_rate, data, key, args: Args):
         minibatch = jax.tree.map(lambda x: x[indices], data)
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(agent, *minibatch, args)
         updates, opt_state = tx.update(grads, opt_state)
+        # A schedule inside tx would count these steps, of which target_kl skips some.
         agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (agent, opt_state), metrics
 

@@ -212,7 +212,7 @@ class CNN(nnx.Module):
 
     def __call__(self, image: Array) -> Array:
         x = image / 255.0 if image.dtype == jnp.uint8 else image
-        # Patches times a matrix: XLA's own gradient is many times slower in a loop on a CPU.
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
         for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
             rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
             shifts = [(i, j) for i in range(width) for j in range(width)]
@@ -339,8 +339,8 @@ def ppo_loss(
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [T, S, ...] that begins with
     memory [S, ...] -> loss, metrics.
     """
-    assert batch.obs.shape[:2] == batch.logprob.shape == advantages.shape == returns.shape
     _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
+    assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
     logratio = pi.log_prob(batch.action) - batch.logprob
     ratio = jnp.exp(logratio)
 
@@ -384,7 +384,7 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)  # detail 11
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; `update` has the step size
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)

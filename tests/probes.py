@@ -128,9 +128,23 @@ def small_args(name, num_iterations=60, **changes):
     return script.Args(**{"total_timesteps": steps} | fields)
 
 
+def make_train(name, args, *envs):
+    """A script's init and train_iteration; IMPALA's is what its threads do, one after the other."""
+    if name != "impala":
+        return importlib.import_module(name).make_train(args, *envs)
+    init, actors, learner = importlib.import_module(name).make_train(args, *envs)
+
+    def train_iteration(state):
+        inputs = zip(actors, state.acting, state.keys, strict=True)
+        rollouts = [actor(state.acting_agent, *own) for actor, *own in inputs]
+        return learner(state, *zip(*rollouts, strict=True))
+
+    return init, train_iteration
+
+
 def train(name, args, env, num_iterations=None):
     """-> the state after num_iterations, by default all, and the metrics of the last."""
-    init, train_iteration = importlib.import_module(name).make_train(args, env)
+    init, train_iteration = make_train(name, args, env)
     state, train_iteration = jax.jit(init)(jax.random.key(args.seed)), jax.jit(train_iteration)
     for _ in range(num_iterations or args.num_iterations):
         state, metrics = train_iteration(state)

@@ -15,6 +15,7 @@ from probes import (
     SCRIPTS,
     greedy_player,
     learn,
+    make_train,
     probe,
     quick,
     real_env,
@@ -92,7 +93,7 @@ def test_probe_policy(name):
 def test_a_seed_determines_the_run_also_among_several(name):
     """The same seed again gives the same bits; the seed among others, the same to rounding."""
     args, env = small_args(name, 10), real_env(name)
-    init, train_iteration = importlib.import_module(name).make_train(args, env)
+    init, train_iteration = make_train(name, args, env)
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     states = jax.jit(lambda keys: jax.lax.map(init, keys))(keys)
     init, train_one, train_all = map(jax.jit, (init, train_iteration, jax.vmap(train_iteration)))
@@ -116,7 +117,7 @@ def test_a_seed_determines_the_run_also_among_several(name):
 def test_no_random_key_is_used_twice(name):
     args, env = small_args(name, 10), real_env(name)
     script = importlib.import_module(name)
-    init, train_iteration = script.make_train(args, env)
+    init, train_iteration = make_train(name, args, env)
     with jax.debug_key_reuse(True):
         state = jax.jit(init)(jax.random.key(0))
         state, _ = jax.jit(train_iteration)(state)

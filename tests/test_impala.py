@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from probes import quick, real_env, run_on_devices, small_args
+from probes import make_train, quick, real_env, run_on_devices, small_args
 from test_on_policy import trajectory
 
 import impala
@@ -24,23 +24,25 @@ def ratios_like(rewards, seed=3):
 # --- V-trace --------------------------------------------------------------------------------------
 
 
-def test_vtrace_on_policy_is_the_n_step_return():
-    """Remark 1 of the paper; GAE with lambda 1 has the same returns."""
+@pytest.mark.parametrize("vtrace_lambda", [1.0, 0.9])
+def test_vtrace_on_policy_is_generalised_advantage_estimation(vtrace_lambda):
+    """Remark 1 of the paper is the case of lambda 1."""
     rewards, values, dones, last_value = trajectory()
-    ones = np.ones_like(rewards)
-    targets, advantages = impala.compute_vtrace(rewards, values, dones, last_value, ones, GAMMA)
-    gae, returns = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, 1.0)
+    batch, ones = (rewards, values, dones, last_value), np.ones_like(rewards)
+    targets, advantages = impala.compute_vtrace(*batch, ones, GAMMA, vtrace_lambda=vtrace_lambda)
+    gae, returns = ppo.compute_gae(*batch, GAMMA, vtrace_lambda)
     np.testing.assert_allclose(targets, returns, atol=1e-4)
     np.testing.assert_allclose(advantages, gae, atol=1e-4)
 
 
 def test_vtrace_of_ratio_0_leaves_the_values_alone():
-    """What the agent would never do teaches nothing."""
+    """What the agent would never do teaches nothing: only the TD error is left."""
     rewards, values, dones, last_value = trajectory()
     zeros = np.zeros_like(rewards)
     targets, advantages = impala.compute_vtrace(rewards, values, dones, last_value, zeros, GAMMA)
     np.testing.assert_array_equal(targets, values)
-    np.testing.assert_array_equal(advantages, zeros)
+    td_errors, _ = ppo.compute_gae(rewards, values, dones, last_value, GAMMA, 0.0)
+    np.testing.assert_allclose(advantages, td_errors, atol=1e-5)  # to be weighted by 0
 
 
 def test_vtrace_with_traces_cut_is_the_weighted_td_error():
@@ -86,8 +88,8 @@ def test_vtrace_agrees_with_rlax_with_ends_and_time_limits(vtrace_lambda):
             np.testing.assert_allclose(
                 targets[part, b], values[part, b] + expected.errors, atol=1e-4
             )
-            if vtrace_lambda == 1.0:  # below 1, rlax mixes values into the advantages' targets
-                np.testing.assert_allclose(advantages[part, b], expected.pg_advantage, atol=1e-4)
+            weighted = np.minimum(ratios, 1.3)[part, b] * advantages[part, b]
+            np.testing.assert_allclose(weighted, expected.pg_advantage, atol=1e-4)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -99,41 +101,62 @@ def make_batch(args, env):
     return state.agent, batch, acting.obs
 
 
-def test_the_loss_bootstraps_at_a_time_limit_with_the_learner_s_value():
-    """A batch that a limit cuts gives the loss of one whose reward there holds gamma V(next_obs)."""
+def test_targets_bootstrap_at_a_time_limit_with_the_learner_s_value():
+    """A batch that a limit cuts has the targets of one whose reward there holds gamma V(next_obs)."""
     args = small_args("impala")
     agent, batch, last_obs = make_batch(args, real_env("impala", limit=5))
     assert batch.cut.any()
-    loss, _ = impala.impala_loss(agent, batch, last_obs, args)
+    targets, advantages, _ = impala.compute_targets(agent, batch, last_obs, args)
     value = jnp.where(batch.cut, agent(batch.next_obs)[1], 0.0)
     by_hand = batch._replace(reward=batch.reward + args.gamma * value, cut=batch.cut & False)
-    np.testing.assert_allclose(
-        loss, impala.impala_loss(agent, by_hand, last_obs, args)[0], rtol=1e-5
-    )
+    expected = impala.compute_targets(agent, by_hand, last_obs, args)
+    np.testing.assert_allclose(targets, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(advantages, expected[1], rtol=1e-3, atol=1e-4)
     without = batch._replace(cut=batch.cut & False)
-    assert abs(loss - impala.impala_loss(agent, without, last_obs, args)[0]) > 1e-4
+    assert abs(targets - impala.compute_targets(agent, without, last_obs, args)[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_advantages_are_normalised_before_they_are_weighted(norm_adv):
+    """Centred after the weights, what is good but rarely played would be pushed down: here action 1
+    is the better one, and pi plays it more than mu did."""
+    args = small_args("impala", norm_adv=norm_adv, gamma=0.0, rho_bar=10.0, vtrace_lambda=0.0)
+    agent, batch, last_obs = make_batch(args, real_env("impala"))
+    pi, value = agent(batch.obs)
+    mu = np.where(batch.action == 1, 0.4, 1.6)  # mu over pi
+    logprob, reward = pi.log_prob(batch.action) + np.log(mu), value - 1 + 0.1 * batch.action
+    batch = batch._replace(logprob=logprob, reward=reward, cut=batch.cut & False)
+    _, advantages, _ = impala.compute_targets(agent, batch, last_obs, args)
+    unweighted = np.asarray(advantages * mu)
+    if norm_adv:
+        assert abs(unweighted.mean()) < 1e-4 and abs(unweighted.std() - 1) < 1e-3
+        assert (advantages[batch.action == 1] > 0).all() and (
+            advantages[batch.action == 0] < 0
+        ).all()
+    else:
+        np.testing.assert_allclose(unweighted, reward - value, atol=1e-4)
 
 
 def test_the_loss_refuses_shapes_that_would_broadcast():
     args = small_args("impala")
     agent, batch, last_obs = make_batch(args, real_env("impala"))
+    targets, advantages, _ = impala.compute_targets(agent, batch, last_obs, args)
     with pytest.raises((AssertionError, TypeError, ValueError)):
-        wrong = batch._replace(logprob=batch.logprob[..., None])
-        impala.impala_loss(agent, wrong, last_obs, args)
+        impala.impala_loss(agent, batch, targets[..., None], advantages, args)
 
 
 def test_minibatches_are_environments_over_their_whole_time(monkeypatch):
     args = small_args("impala", num_minibatches=4)
     seen = []
 
-    def loss(agent, batch, last_obs, args):
+    def targets(agent, batch, last_obs, args):
         jax.debug.callback(lambda *x: seen.append(x), batch.action, last_obs)
-        return 0.0 * agent(last_obs)[1].sum(), {}
+        return batch.reward, batch.reward, {}
 
     agent, batch, _ = make_batch(args, real_env("impala"))
     numbers = jnp.arange(16.0)
     batch = batch._replace(action=jnp.tile(numbers, (30, 1)))
-    monkeypatch.setattr(impala, "impala_loss", loss)
+    monkeypatch.setattr(impala, "compute_targets", targets)
     tx = impala.optax.scale_by_adam()
     last_obs = jnp.tile(numbers[:, None], (1, 4))
     impala.update(agent, tx.init(agent), tx, 0.0, batch, last_obs, args)
@@ -165,14 +188,14 @@ def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
     """Bit for bit, over several calls, and each time that it is run."""
     args = small_args("impala", num_actor_threads=num_actor_threads)
     envs, first = start(args)
-    train_iteration, plain = jax.jit(impala.make_train(args, *envs)[1]), first
+    train_iteration, plain = jax.jit(make_train("impala", args, *envs)[1]), first
     losses = []
     for _ in range(7):
         plain, plain_metrics = train_iteration(plain)
         losses.append({name: x for name, x in plain_metrics.items() if "losses/" in name})
     for calls in ([7], [1, 4, 2]):
         state = first
-        with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:], state) as train:
+        with impala.actor_threads(args, *impala.make_train(args, *envs)[1:], state) as train:
             for num_iterations in calls:  # the losses of a call are means
                 state, metrics = train(state, num_iterations)
                 last = losses[-num_iterations:]
@@ -186,14 +209,14 @@ def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
 def test_the_actors_are_one_update_behind():
     args = small_args("impala")
     (env,), state = start(args)
-    train_iteration = jax.jit(impala.make_train(args, env)[1])
+    train_iteration = jax.jit(make_train("impala", args, env)[1])
     first, metrics = train_iteration(state)
     assert_equal(first.acting_agent, state.agent)
     second, _ = train_iteration(first)
     assert_equal(second.acting_agent, first.agent)
     # So the second batch was played by the agent of the start, and its ratios are not 1.
     args = small_args("impala", num_minibatches=1)
-    train_iteration = jax.jit(impala.make_train(args, env)[1])
+    train_iteration = jax.jit(make_train("impala", args, env)[1])
     first, metrics = train_iteration(state)
     assert metrics["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert train_iteration(first)[1]["losses/approx_kl"] > 1e-5
@@ -202,7 +225,7 @@ def test_the_actors_are_one_update_behind():
 def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
     args = small_args("impala", num_actor_threads=2)
     envs, state = start(args)
-    acts, learn = impala.make_parts(args, *envs)[1:]
+    actors, learner = impala.make_train(args, *envs)[1:]
     calls = []
 
     def breaks(*job):
@@ -211,7 +234,7 @@ def test_an_actor_that_raises_raises_in_the_learner_and_all_threads_end():
             raise RuntimeError("the motor is on fire")
 
     with pytest.raises(RuntimeError, match="the motor is on fire") as error:
-        with impala.actor_threads(args, [acts[0], breaks], learn, state) as train:
+        with impala.actor_threads(args, [actors[0], breaks], learner, state) as train:
             train(state, 3)
     assert any(entry.name == "breaks" for entry in error.traceback)  # its own traceback
     assert not [x for x in threading.enumerate() if x.name == "actor"]
@@ -230,7 +253,7 @@ def test_devices_share_the_work_and_change_nothing(tmp_path):
         for ids in [{"num_actor_threads": 2}, {"actor_device_ids": (1, 0), "learner_device_ids": (3, 2)}]:
             args = small_args("impala", **ids)
             envs, state = start(args)
-            with impala.actor_threads(args, *impala.make_parts(args, *envs)[1:], state) as train:
+            with impala.actor_threads(args, *impala.make_train(args, *envs)[1:], state) as train:
                 state, metrics = train(state, 3)
             ends.append((state.agent, metrics))
         learners = {device.id for device in jax.tree.leaves(state.agent)[0].devices()}
