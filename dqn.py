@@ -93,6 +93,7 @@ class Args:
     target_network_frequency: int = 500  # environment steps between updates of the target network
     tau: float = 1.0  # how far such an update goes, 1 for a copy
     double_q: bool = True  # the online network chooses the action that the target network values
+    max_grad_norm: float | None = None  # largest global norm of a gradient, None: any
     start_e: float = 1.0  # epsilon at the start: the share of random actions
     end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
@@ -279,7 +280,9 @@ class TrainState(NamedTuple):
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
-    tx = optax.scale_by_adam()  # `update` has the step size
+    tx = optax.scale_by_adam()  # without a step size: `update`
+    if args.max_grad_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), tx)
     replay = make_replay(args)
 
     def init(key: Array) -> TrainState:
@@ -340,12 +343,13 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, tx, args: Args):
     buffer = replay.add(state.buffer, Transition(obs, action, reward, next_obs, terminated))
 
     def gradient_step(number, carry):
-        agent, target, opt_state, sums = carry
+        *learner, sums = carry
         batch = replay.sample(buffer, jax.random.fold_in(update_key, number)).experience
-        agent, target, opt_state, metrics = update(
-            agent, target, opt_state, tx, batch, number, args
-        )
-        return agent, target, opt_state, jax.tree.map(jnp.add, sums, metrics)
+        # The schedules count environment steps: gradient step 0 is due at the first multiple of
+        # train_frequency beyond learning_starts.
+        due_at = (args.learning_starts // args.train_frequency + number + 1) * args.train_frequency
+        *learner, metrics = update(*learner, tx, batch, due_at, args)
+        return *learner, jax.tree.map(jnp.add, sums, metrics)
 
     step = state.step + args.num_envs
     sums = dict.fromkeys(("losses/td_loss", "losses/q_values"), jnp.float32(0.0))
@@ -364,13 +368,14 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, tx, args: Args):
     return state, (reward, timestep.terminated | timestep.truncated, sums)
 
 
-def update(agent, target, opt_state, tx, batch: Transition, number: Array, args: Args):
-    """Gradient step `number` (from 0) on a batch [M, ...] -> agent, target, opt_state, metrics."""
+def update(agent, target, opt_state, tx, batch: Transition, step: Array, args: Args):
+    """A gradient step on a batch [M, ...] -> agent, target, opt_state, metrics.
+
+    step: the environment steps after which it is due, on which step size and target depend.
+    """
     targets = compute_targets(agent, target, batch, args)
     grads, metrics = jax.grad(dqn_loss, has_aux=True)(agent, batch, targets)
     updates, opt_state = tx.update(grads, opt_state)
-    # The schedules count environment steps; this gradient step belongs to the following one.
-    step = (args.learning_starts // args.train_frequency + number + 1) * args.train_frequency
     learning_rate = args.learning_rate * (1.0 - step / args.total_timesteps * args.anneal_lr)
     agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
 

@@ -25,8 +25,9 @@ Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
     python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 200000 --learning-starts 5000
     python sac.py --env-id envpool::HumanoidWalk-v1 \
         --env-kwargs '{"frame_skip": 10, "max_episode_steps": 500}' --block-type simba \
-        --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
-        --target-entropy-scale 0.5
+        --norm-obs --actor-hidden-size 128 --actor-num-blocks 1 --critic-hidden-size 512 \
+        --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
+        --target-entropy-scale 0.5 --alpha 0.01
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -148 +- 12 after 20k steps (mean and std of 6
 seeds, 100 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps (5 seeds).
@@ -34,8 +35,8 @@ seeds, 100 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps (5 s
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
 
-Differs from the papers: SimBa's normalised observations are clipped to 10, a policy's log standard
-deviation is squashed into a range, and a time limit is not taken for the end of the task
+Differs from the papers: normalised observations are clipped to 10, a policy's log standard deviation
+is squashed into [-5, 2] (SimBa: [-10, 2]), and a time limit is not taken for the end of the task
 (arXiv:1712.00378).
 """
 
@@ -90,7 +91,9 @@ class Args:
     num_steps: int = 200  # steps in each environment from one log row to the next
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
+    anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
     weight_decay: float = 0.0  # AdamW's weight decay for actor and critics
+    max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
     gamma: float = 0.99  # discount factor
     buffer_size: int = 100_000  # transitions kept for replay
     batch_size: int = 256  # transitions in each gradient step
@@ -101,6 +104,7 @@ class Args:
     autotune: bool = True  # learn alpha so that the entropy stays near its target
     target_entropy_scale: float = 1.0  # target of the entropy: minus this for each action entry
     reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
+    norm_obs: bool = False  # normalise observations by the mean and variance of all acted on
     block_type: Literal["mlp", "simba"] = "mlp"  # hidden layers, or SimBa's residual blocks
     actor_hidden_size: int = 256  # width of the actor
     actor_num_blocks: int = 2  # its hidden layers or residual blocks
@@ -206,7 +210,7 @@ class SimBa(nnx.Module):
     """A linear embedding, num_blocks residual blocks and a LayerNorm: SimBa, section 4.
 
     [..., in_size] -> [..., hidden_size]. The normalisation of the observations that belongs to it
-    is done before, by statistics in the training state.
+    is done before, by --norm-obs.
     """
 
     def __init__(self, in_size: int, hidden_size: int, num_blocks: int, rngs: nnx.Rngs):
@@ -394,12 +398,7 @@ class TrainState(NamedTuple):
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
-    txs = {
-        "actor": optax.adamw(args.policy_lr, weight_decay=args.weight_decay),
-        "critic": optax.adamw(args.q_lr, weight_decay=args.weight_decay),
-        "log_alpha": optax.adam(args.q_lr),
-    }
-    replay = make_replay(args)
+    txs, replay = make_optimizers(args), make_replay(args)
 
     def init(key: Array) -> TrainState:
         actor_key, critic_key, env_key, key = jax.random.split(key, 4)
@@ -413,7 +412,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         example = Transition(obs, action, jnp.float32(0.0), obs, jnp.bool_(False))
         return TrainState(
             learner=Learner(actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, opt_states),
-            obs_stats=init_running(env.obs_shape) if args.block_type == "simba" else None,
+            obs_stats=init_running(env.obs_shape) if args.norm_obs else None,
             buffer=replay.init(example),
             acting=acting,
             episode_stats=EpisodeStats(jnp.zeros((args.num_envs, 2))),
@@ -435,6 +434,21 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         return state, metrics | episode_metrics
 
     return init, train_iteration
+
+
+def make_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """AdamW for actor and critics, Adam for the temperature."""
+    updates = gradient_steps_due(jnp.int32(args.total_timesteps), args)
+    rate = lambda lr: optax.linear_schedule(lr, 0.0, updates) if args.anneal_lr else lr
+
+    def adamw(lr):
+        tx = optax.adamw(rate(lr), weight_decay=args.weight_decay)
+        if args.max_grad_norm is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), tx)
+
+    adam = optax.adam(rate(args.q_lr))
+    return {"actor": adamw(args.policy_lr), "critic": adamw(args.q_lr), "log_alpha": adam}
 
 
 def make_replay(args: Args) -> Any:

@@ -34,9 +34,9 @@ SHORT_RUNS = {
     "ppo": SHORT,
     "a2c": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32",
     "ppo_continuous": "--num-envs 16 --num-steps 32 --num-minibatches 4 --norm-obs --norm-reward",
-    "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900",
+    "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 --max-grad-norm 10",
     "sac": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
-    "--updates-per-step .05 --block-type simba --actor-hidden-size 16 --critic-hidden-size 16",
+    "--updates-per-step .05 --block-type simba --norm-obs --actor-hidden-size 16 --critic-hidden-size 16",
     "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",
 }

@@ -1,12 +1,14 @@
 """dqn.py and sac.py: targets, the squashed Gaussian, schedules, replay, SimBa."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from probes import probe, quick, real_env, small_args
+from probes import probe, quick, real_env, small_args, train
 
 import dqn
 import sac
@@ -88,14 +90,14 @@ def test_schedules_do_not_depend_on_the_number_of_environments(
     tx, replay, events = optax.scale_by_adam(), dqn.make_replay(args), []
     real_update = dqn.update
 
-    def update(agent, target, opt_state, tx, batch, number, args):
+    def update(agent, target, opt_state, tx, batch, due_at, args):
         old = target
         agent, target, opt_state, metrics = real_update(
-            agent, target, opt_state, tx, batch, number, args
+            agent, target, opt_state, tx, batch, due_at, args
         )
         copied = jnp.any(target.head.kernel[...] != old.head.kernel[...])
         same = jnp.all(target.head.kernel[...] == agent.head.kernel[...])
-        jax.debug.callback(lambda *x: events.append(x), number, copied, same, ordered=True)
+        jax.debug.callback(lambda *x: events.append(x), due_at, copied, same, ordered=True)
         return agent, target, opt_state, metrics
 
     monkeypatch.setattr(dqn, "update", update)
@@ -109,11 +111,11 @@ def test_schedules_do_not_depend_on_the_number_of_environments(
             done += 1
             if done > args.learning_starts and done % train_frequency == 0:
                 due = done // target_frequency > (done - train_frequency) // target_frequency
-                expected.append((len(expected), due, due))
+                expected.append((done, due))
         assert dqn.updates_due(state.step, args) == len(expected) == len(events)
-    assert [(int(n), bool(c)) for n, c, _ in events] == [(n, c) for n, c, _ in expected]
+    assert [(int(due_at), bool(copied)) for due_at, copied, _ in events] == expected
     assert all(bool(same) for _, copied, same in events if copied)
-    assert sum(copied for _, copied, _ in expected) > 3 and state.step == done
+    assert sum(copied for _, copied in expected) > 3 and state.step == done
 
 
 def test_epsilon_falls_to_its_end_and_stays():
@@ -347,13 +349,42 @@ def test_updates_per_step_do_not_depend_on_the_number_of_environments(num_envs, 
     assert total >= 9
 
 
+def test_step_sizes_fall_to_0_over_the_run_and_gradients_are_clipped():
+    """Adam's first step has the size of the rate, whatever the gradient; after 90 of 100, a tenth."""
+    flags = {"total_timesteps": 110, "learning_starts": 10, "policy_lr": 0.5, "q_lr": 2.0}
+    plain, annealed = [sac.make_optimizers(sac.Args(**flags, anneal_lr=x)) for x in (False, True)]
+    for name, rate in {"actor": 0.5, "critic": 2.0, "log_alpha": 2.0}.items():
+        for tx, late in ((plain[name], 1.0), (annealed[name], 0.1)):
+            params, sizes = jnp.zeros(3), []
+            state = tx.init(params)
+            for _ in range(91):
+                updates, state = tx.update(jnp.ones(3), state, params)
+                sizes.append(-updates)
+            np.testing.assert_allclose(sizes[0], rate, rtol=1e-4)
+            np.testing.assert_allclose(sizes[90], rate * late, rtol=1e-3)
+    clipped = sac.make_optimizers(sac.Args(max_grad_norm=0.5))["critic"]
+    _, state = clipped.update(jnp.array([30.0, 40.0]), clipped.init(jnp.zeros(2)), jnp.zeros(2))
+    np.testing.assert_allclose(state[1][0].mu, [0.03, 0.04], rtol=1e-5)  # a tenth of .3 and .4
+
+
+def test_dqn_clips_gradients_where_it_is_asked_to():
+    args = small_args("dqn", max_grad_norm=1e-3, learning_rate=1.0, num_envs=4)
+    env = probe(lambda time, bit: bit, lambda time, bit, action: 1e3, num_envs=4)
+    seen = []
+    for norm in (1e-3, None):
+        args = dataclasses.replace(args, max_grad_norm=norm)
+        state, _ = train("dqn", args, env, 20)
+        seen.append(optax.tree.norm(optax.tree.get(state.opt_state, "mu")))
+    assert 0 < seen[0] <= 1e-3 < 1 < seen[1]
+
+
 # --- SimBa ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.thorough
 def test_simba_statistics_are_numpy_s_over_the_acted_observations():
     """Every observation acted on counts once, replayed ones do not."""
-    args, env, state, _ = sac_setup(block_type="simba", num_envs=3, updates_per_step=1.0)
+    args, env, state, _ = sac_setup(norm_obs=True, num_envs=3, updates_per_step=1.0)
     txs = {name: optax.adam(1e-3) for name in ("actor", "critic", "log_alpha")}
     opt_states = {k: tx.init(getattr(state.learner, k)) for k, tx in txs.items()}
     state = state._replace(learner=state.learner._replace(opt_states=opt_states))
@@ -400,7 +431,9 @@ def test_simba_learns_a_probe():
         terminated=lambda time, bit: time >= 1,
         continuous=True,
     )
-    args = small_args("sac", 150, block_type="simba", num_critics=1, actor_num_blocks=1)
+    args = small_args(
+        "sac", 150, block_type="simba", norm_obs=True, num_critics=1, actor_num_blocks=1
+    )
     init, train_iteration = sac.make_train(args, env)
     state, train_iteration = jax.jit(init)(jax.random.key(1)), jax.jit(train_iteration)
     for _ in range(args.num_iterations):

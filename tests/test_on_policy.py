@@ -277,7 +277,8 @@ def test_a2c_s_loss_refuses_shapes_that_would_broadcast():
 
 
 def test_the_policy_is_a_gaussian_whose_deviation_does_not_look_at_the_observation():
-    agent = ppo_continuous.Agent((3,), 2, 16, nnx.Rngs(0))
+    agent = ppo_continuous.Agent((3,), 2, 16, -0.5, nnx.Rngs(0))
+    np.testing.assert_array_equal(agent.log_std[...], -0.5)
     agent.log_std[...] = jnp.array([0.3, -0.7])
     obs = jax.random.normal(jax.random.key(0), (5, 3))
     pi, _ = agent(obs)
