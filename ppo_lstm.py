@@ -100,6 +100,7 @@ class Args:
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     recompute_carries: bool = False  # with the present agent, before each rollout and epoch
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
+    chrono_length: int = 0  # longest memory to begin with in steps, 0: some 3 in all cells
     hidden_size: int = 64  # width of the encoder and of the LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
@@ -169,16 +170,21 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 class LSTM(nnx.Module):
     """Long short-term memory; its carry is (h, c), both [B, D]. A reset clears it BEFORE the cell."""
 
-    def __init__(self, in_size: int, hidden_size: int, rngs: nnx.Rngs):
+    def __init__(self, in_size: int, hidden_size: int, chrono_length: int, rngs: nnx.Rngs):
         self.hidden_size = hidden_size
         self.inputs = linear(in_size, 4 * hidden_size, 1.0, rngs)
         self.recurrent = linear(hidden_size, 4 * hidden_size, 1.0, rngs)
+        forget = jnp.ones(hidden_size)  # at the start it remembers
+        if chrono_length:  # cells forget after 1 to so many steps (arXiv:1804.11188, eq. 16)
+            forget = jnp.log(rngs.params.uniform((hidden_size,), minval=1.0, maxval=chrono_length))
+        zeros, ignore = jnp.zeros(hidden_size), -forget * (chrono_length > 0)
+        self.inputs.bias[...] = jnp.concatenate([ignore, forget, zeros, zeros])
 
     def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
         """carry, what the inputs give to the gates [B, 4 D], reset [B] -> carry."""
         h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
         i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
-        c = nnx.sigmoid(f + 1.0) * c + nnx.sigmoid(i) * nnx.tanh(g)  # at the start it remembers
+        c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * nnx.tanh(g)
         return nnx.sigmoid(o) * nnx.tanh(c), c
 
     def step(self, carry: tuple[Array, Array], x: Array, reset: Array):
@@ -224,11 +230,11 @@ class CNN(nnx.Module):
 class Agent(nnx.Module):
     """Encoder, LSTM, and one linear layer each for actor and critic; orthogonal weights (detail 2)."""
 
-    def __init__(self, obs_shape: tuple[int, ...], action_size: int, hidden_size: int, rngs):
+    def __init__(self, obs_shape, action_size: int, hidden_size: int, chrono_length: int, rngs):
         self.cnn = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.cnn.out_size if self.cnn else obs_shape[0]
         self.embed = linear(in_size, hidden_size, 2**0.5, rngs)
-        self.lstm = LSTM(hidden_size, hidden_size, rngs)
+        self.lstm = LSTM(hidden_size, hidden_size, chrono_length, rngs)
         self.actor = linear(hidden_size, action_size, 0.01, rngs)  # starts near uniform
         self.critic = linear(hidden_size, 1, 1.0, rngs)
 
@@ -388,7 +394,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
-        agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
+        sizes = (env.obs_shape, env.action_size, args.hidden_size, args.chrono_length)
+        agent = Agent(*sizes, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
         acting, stats = (

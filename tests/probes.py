@@ -25,6 +25,7 @@ SCRIPTS = [name for name in ALL_SCRIPTS if name != "ppo_trxl_pmap"]
 ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
 OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
 CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac"]
+VALUE_BASED = ["dqn", "pqn"]  # their agents are action values
 MEMORY = [
     name
     for name in SCRIPTS
@@ -96,6 +97,7 @@ SMALL = {
         "train_frequency": 8,
         "target_network_frequency": 200,
     },
+    "pqn": {"num_steps": 16, "num_minibatches": 4, "learning_rate": 5e-3, "gamma": 0.8},
     "impala": {"num_steps": 8, "num_minibatches": 2, "learning_rate": 5e-3, "gamma": 0.8},
     "sac": {
         "num_steps": 16,
@@ -163,7 +165,7 @@ def learn(name, env, num_iterations=60, **changes):
             return pi.mode()[:, 0], value[:, 0]
 
         return Learned(state, lambda *x: unroll(*x)[1], lambda obs: unroll(obs)[0])
-    if name == "dqn":
+    if name in VALUE_BASED:
         return Learned(
             state,
             lambda obs, reset=None: state.agent(obs).max(axis=-1),
@@ -201,7 +203,7 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
         if name in MEMORY:
             memory, pi, _ = state.agent.step(memory, obs, reset)
             action = pi.mode()
-        elif name == "dqn":
+        elif name in VALUE_BASED:
             return state.agent(obs).argmax(axis=-1)
         elif name == "sac":  # Pendulum's torque is in [-2, 2]
             return 2.0 * jnp.tanh(state.learner.actor(obs).mean())

@@ -13,6 +13,7 @@ from probes import (
     NUM_ENVS,
     ON_POLICY,
     SCRIPTS,
+    VALUE_BASED,
     greedy_player,
     learn,
     make_train,
@@ -124,7 +125,7 @@ def test_no_random_key_is_used_twice(name):
         jax.jit(lambda state, key: script.evaluate(state, env, key, 5))(state, jax.random.key(1))
 
 
-@pytest.mark.parametrize("name", sorted(set(ON_POLICY) - set(MEMORY)))
+@pytest.mark.parametrize("name", sorted(set(ON_POLICY) - set(MEMORY) - set(VALUE_BASED)))
 def test_the_ratio_is_1_before_the_first_update(name):
     """What the rollout stored is what the agent computes again, across episode ends."""
     script, args, env = importlib.import_module(name), small_args(name), real_env(name)

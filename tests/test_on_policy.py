@@ -12,6 +12,7 @@ from scipy import stats
 import a2c
 import ppo
 import ppo_continuous
+import pqn
 
 # === test_ppo.py ===
 
@@ -403,3 +404,64 @@ def test_evaluation_normalises_with_the_statistics_as_they_are():
     )
     np.testing.assert_allclose(returns, expected, rtol=1e-4)
     assert not np.allclose(returns, blind, rtol=1e-4)
+
+
+# === test_pqn.py ===
+
+
+def lambda_returns_by_rlax(rewards, next_values, terminated, truncated, q_lambda):
+    """Here V(next_obs) stands where a time limit cut, and lambda is 0: so rlax needs no trick."""
+    discounts = GAMMA * ~terminated
+    lambdas = q_lambda * ~(terminated | truncated)
+    returns = jax.vmap(rlax.lambda_returns, in_axes=1, out_axes=1)
+    return returns(*map(jnp.float32, (rewards, discounts, next_values, lambdas)))
+
+
+@pytest.mark.parametrize("q_lambda", [0.0, 0.65, 1.0])
+def test_lambda_returns_agree_with_rlax_with_ends_and_time_limits(q_lambda):
+    """Ends and limits inside and at the last step, which is where published code went wrong."""
+    rewards, values, dones, last_value = trajectory(num_steps=60, num_envs=4)
+    rng = np.random.default_rng(1)
+    dones[-1] = [False, True, True, False]
+    truncated = dones & (rng.random(dones.shape) < 0.5)
+    truncated[-1] = [False, False, True, False]
+    final_values = rng.normal(size=dones.shape).astype(np.float32) * truncated
+    given = (rewards + GAMMA * final_values, values, dones, last_value, GAMMA, q_lambda)
+    returns = pqn.compute_lambda_returns(*given)
+    following = np.concatenate([values[1:], last_value[None]])
+    next_values = np.where(truncated, final_values, following)
+    ends = (dones & ~truncated, truncated)
+    expected = lambda_returns_by_rlax(rewards, next_values, *ends, q_lambda)
+    np.testing.assert_allclose(returns, expected, atol=1e-4)
+    np.testing.assert_allclose(returns, ppo.compute_gae(*given)[1], atol=1e-4)
+
+
+def test_pqn_s_rollout_keeps_the_largest_action_values():
+    """Of what is acted on, of what a time limit cut off, and of what is next."""
+    args, env = small_args("pqn"), real_env("pqn", limit=5)
+    state = jax.jit(pqn.make_train(args, env)[0])(jax.random.key(0))
+    last, batch = pqn.rollout(state.agent, env, state.acting, 0.3, jax.random.key(1), 40)
+    q_values = state.agent(batch.obs)
+    np.testing.assert_allclose(batch.value, q_values.max(axis=-1), atol=1e-5)
+    greedy = (batch.action == q_values.argmax(axis=-1)).mean()
+    assert abs(greedy - (1 - 0.3 / 2)) < 0.06  # half of the random actions are the best ones
+    cut = np.asarray(batch.final_value != 0)
+    assert cut.any() and batch.done[cut].all()
+    following = np.concatenate([batch.value[1:], state.agent(last.obs).max(axis=-1)[None]])
+    assert (np.abs(batch.final_value - following)[cut] > 1e-6).all()  # not of the new episode
+
+
+def test_pqn_s_layers_are_normalised():
+    """Inputs a thousand times as large give the same values: LayerNorm, biases being 0."""
+    agent = pqn.Agent((4,), 3, 16, nnx.Rngs(0))
+    obs = jax.random.normal(jax.random.key(0), (5, 4))
+    np.testing.assert_allclose(agent(1e3 * obs), agent(1e6 * obs), rtol=1e-3)
+
+
+def test_pqn_refuses_shapes_that_would_broadcast():
+    args, env = small_args("pqn"), real_env("pqn")
+    state = jax.jit(pqn.make_train(args, env)[0])(jax.random.key(0))
+    _, batch = pqn.rollout(state.agent, env, state.acting, 0.3, jax.random.key(1), 8)
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    with pytest.raises(AssertionError):
+        pqn.pqn_loss(state.agent, batch, batch.reward[:, None])
