@@ -46,6 +46,7 @@ LANDER, JUDGE = "LunarLander-v3", "gymnasium::LunarLander-v3"  # trained in EnvP
 HALFCHEETAH = (
     "--env-id envpool::HalfCheetah-v5 --num-envs 64 --num-steps 64 --num-minibatches 32 "
     "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward "
+    "--log-std-init -1 "
     "--total-timesteps 1000000"
 )
 LANDER_BY_DQN = (
@@ -81,7 +82,9 @@ RESULTS = {
         "ppo.py", "CartPole-v1 in Gymnasium", "--env-id gymnasium::CartPole-v1", ()
     ),
     "ppo_continuous_pendulum": Task("ppo_continuous.py", "Pendulum-v1", "", TEN, -170, -200),
-    "ppo_continuous_halfcheetah": Task("ppo_continuous.py", "HalfCheetah-v5", HALFCHEETAH),
+    "ppo_continuous_halfcheetah": Task(
+        "ppo_continuous.py", "HalfCheetah-v5", HALFCHEETAH, range(11, 21), 4000
+    ),
     "a2c_lunarlander": Task("a2c.py", LANDER, "", SIX, 200, 200, JUDGE),
     "impala_lunarlander": Task("impala.py", LANDER, "", SIX, 200, 200, JUDGE),
     "dqn_cartpole": Task("dqn.py", "CartPole-v1", "", TEN, 475),

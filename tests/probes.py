@@ -24,7 +24,7 @@ ALL_SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
 SCRIPTS = [name for name in ALL_SCRIPTS if name != "ppo_trxl_pmap"]
 ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
 OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
-CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac"]
+CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac", "td3"]
 VALUE_BASED = ["dqn", "pqn"]  # their agents are action values
 MEMORY = [
     name
@@ -115,6 +115,8 @@ SMALL = {
         "critic_hidden_size": 32,
     },
 }
+SMALL["td3"] = {k: x for k, x in SMALL["sac"].items() if k not in ("alpha", "autotune")}
+SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
 SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
 SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"hidden_size": 32, "sequence_length": 8}
@@ -171,8 +173,9 @@ def learn(name, env, num_iterations=60, **changes):
             lambda obs, reset=None: state.agent(obs).max(axis=-1),
             lambda obs: state.agent(obs).argmax(-1),
         )
-    if name == "sac":
-        act = lambda obs: jnp.tanh(state.learner.actor(obs).mean())
+    if name in ("sac", "td3"):
+        actor = state.learner.actor
+        act = actor if name == "td3" else lambda obs: jnp.tanh(actor(obs).mean())
         value = lambda obs, reset=None: state.learner.critic(obs, act(obs)).min(axis=0)
         return Learned(state, value, act)
     value = lambda obs, reset=None: state.agent(obs)[1]
@@ -207,6 +210,8 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
             return state.agent(obs).argmax(axis=-1)
         elif name == "sac":  # Pendulum's torque is in [-2, 2]
             return 2.0 * jnp.tanh(state.learner.actor(obs).mean())
+        elif name == "td3":
+            return 2.0 * state.learner.actor(obs)
         else:
             action = state.agent(obs)[0].mode()
         return jnp.clip(action, -2.0, 2.0) if name in CONTINUOUS else action

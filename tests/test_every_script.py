@@ -23,7 +23,8 @@ from probes import (
     small_args,
 )
 
-ITERATIONS = {"dqn": 150, "sac": 150, "a2c": 150, "impala": 150}  # more where each learns less
+# More where each learns less.
+ITERATIONS = {"dqn": 150, "sac": 150, "td3": 150, "a2c": 150, "impala": 150}
 
 
 def learn_probe(name, observe, reward, iterations=1.0, **ends):

@@ -12,6 +12,7 @@ from probes import probe, quick, real_env, small_args, train
 
 import dqn
 import sac
+import td3
 
 # === test_dqn.py ===
 
@@ -441,3 +442,102 @@ def test_simba_learns_a_probe():
     obs = sac.normalize(jnp.array([[0.0], [1.0]]), state.obs_stats)
     actions = jnp.tanh(state.learner.actor(obs).mean())[:, 0]
     np.testing.assert_allclose(actions, [-0.5, 0.5], atol=0.15)
+
+
+# === td3.py =======================================================================================
+
+
+class Constant(nnx.Module):
+    """An actor that does not look: .4 and -.95."""
+
+    def __init__(self):
+        self.action = nnx.Param(jnp.array([0.4, -0.95]))
+
+    def __call__(self, obs):
+        return jnp.broadcast_to(self.action[...], (*obs.shape[:-1], 2))
+
+
+class SumCritics(nnx.Module):
+    """Two critics: a_1 + 100 a_2, and that + 7, each times a weight of 1."""
+
+    def __init__(self):
+        self.weights = nnx.Param(jnp.ones(2))
+
+    def __call__(self, obs, action):
+        value = action[:, 0] + 100.0 * action[:, 1]
+        return self.weights[...][:, None] * jnp.stack([value, value + 7.0])
+
+
+TD3_BATCH = td3.Transition(
+    obs=jnp.zeros((300, 1)),
+    action=jnp.zeros((300, 2)),
+    reward=jnp.arange(300.0),
+    next_obs=jnp.ones((300, 1)),
+    terminated=jnp.arange(300) % 3 == 0,
+)
+
+
+@pytest.mark.parametrize("policy_noise", [0.0, 0.1, 50.0])
+def test_td3_s_targets_smooth_each_action_entry_on_its_own(policy_noise):
+    args = td3.Args(gamma=0.5, reward_scale=2.0, policy_noise=policy_noise, noise_clip=0.3)
+    targets = td3.compute_targets(Constant(), SumCritics(), TD3_BATCH, jax.random.key(0), args)
+    ended = np.asarray(TD3_BATCH.terminated)
+    np.testing.assert_allclose(targets[ended], 2.0 * TD3_BATCH.reward[ended])
+    value = (np.asarray(targets - 2.0 * TD3_BATCH.reward) / 0.5)[~ended]
+    if policy_noise == 0.0:
+        np.testing.assert_allclose(value, 0.4 - 95.0, rtol=1e-4)  # the smaller of the two critics
+    elif policy_noise == 50.0:  # nearly every noise is clipped to .3, and actions to [-1, 1]
+        distances = np.abs(value[:, None] - [0.1 - 100, 0.7 - 100, 0.1 - 65, 0.7 - 65])
+        nearest = distances.argmin(axis=1)
+        assert (distances.min(axis=1) < 0.01).mean() > 0.95
+        assert (
+            np.bincount(nearest, minlength=4) > 30
+        ).all()  # the entries have noises of their own
+    else:
+        assert 3.0 < value.std() < 10.0 and 0.1 - 100 <= value.min() < value.max() <= 0.7 - 65
+
+
+def test_td3_s_actor_follows_the_first_critic_alone():
+    gradient = jax.grad(td3.actor_loss)(Constant(), SumCritics(), TD3_BATCH).action[...]
+    np.testing.assert_allclose(gradient, [-1.0, -100.0], rtol=1e-5)
+    gradient = jax.grad(td3.actor_loss, argnums=1)(Constant(), SumCritics(), TD3_BATCH).weights[...]
+    assert gradient[0] != 0 == gradient[1]
+
+
+def test_td3_s_actor_and_targets_move_with_every_third_step_of_the_critics():
+    """Counted in gradient steps, whatever the number of environments."""
+    args = small_args(
+        "td3", num_envs=4, policy_frequency=3, learning_starts=8, num_steps=1, tau=0.1
+    )
+    args = dataclasses.replace(args, updates_per_step=0.5)  # two gradient steps in each iteration
+    env = probe(lambda time, bit: bit, lambda *_: 1.0, num_envs=4, continuous=True)
+    init, train_iteration = td3.make_train(args, env)
+    state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+    count = lambda state, name: int(optax.tree.get(state.learner.opt_states[name], "count"))
+    same = lambda *trees: all(
+        np.array_equal(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)
+    )
+    for _ in range(10):
+        before = state
+        state, metrics = train_iteration(state)
+        steps = count(state, "critic")
+        assert steps == metrics["charts/updates"] and count(state, "actor") == steps // 3
+        followed = count(state, "actor") > count(before, "actor")
+        for name in ("actor", "target_actor", "target_critic"):
+            pair = getattr(before.learner, name), getattr(state.learner, name)
+            assert same(*pair) == (not followed), name
+    assert count(state, "actor") == 5
+    first, second = state.learner.critic.bodies
+    assert not same(first, second)
+
+
+def test_td3_explores_within_the_bounds():
+    args, env = small_args("td3", exploration_noise=0.3), real_env("td3")
+    state = jax.jit(td3.make_train(args, env)[0])(jax.random.key(0))
+    state = state._replace(step=jnp.int32(10**6))
+    replay, txs = td3.make_replay(args), td3.make_optimizers(args)
+    never = dataclasses.replace(args, updates_per_step=0.0)
+    after = jax.jit(lambda state: td3.step_and_learn(state, env, replay, txs, never))(state)[0]
+    action = after.buffer.experience.action[0, : args.num_envs, 0]
+    noise = action - state.learner.actor(state.acting.obs)[:, 0]
+    assert 0.15 < noise.std() < 0.5 and jnp.abs(action).max() <= 1.0
