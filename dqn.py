@@ -89,7 +89,7 @@ class Args:
     buffer_size: int = 10_000  # transitions kept for replay
     batch_size: int = 128  # transitions in each gradient step
     learning_starts: int = 10_000  # environment steps before the first gradient step
-    train_frequency: int = 10  # environment steps for each gradient step
+    train_frequency: int = 5  # environment steps for each gradient step
     target_network_frequency: int = 500  # environment steps between updates of the target network
     tau: float = 1.0  # how far such an update goes, 1 for a copy
     double_q: bool = True  # the online network chooses the action that the target network values

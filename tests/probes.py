@@ -115,6 +115,7 @@ SMALL = {
         "critic_hidden_size": 32,
     },
 }
+SMALL["sacd"] = SMALL["sac"]
 SMALL["td3"] = {k: x for k, x in SMALL["sac"].items() if k not in ("alpha", "autotune")}
 SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
@@ -173,6 +174,9 @@ def learn(name, env, num_iterations=60, **changes):
             lambda obs, reset=None: state.agent(obs).max(axis=-1),
             lambda obs: state.agent(obs).argmax(-1),
         )
+    if name == "sacd":
+        values = lambda obs, reset=None: state.learner.critic(obs).min(axis=0).max(axis=-1)
+        return Learned(state, values, lambda obs: state.learner.actor(obs).argmax(axis=-1))
     if name in ("sac", "td3"):
         actor = state.learner.actor
         act = actor if name == "td3" else lambda obs: jnp.tanh(actor(obs).mean())
@@ -210,6 +214,8 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
             return state.agent(obs).argmax(axis=-1)
         elif name == "sac":  # Pendulum's torque is in [-2, 2]
             return 2.0 * jnp.tanh(state.learner.actor(obs).mean())
+        elif name == "sacd":
+            return state.learner.actor(obs).argmax(axis=-1)
         elif name == "td3":
             return 2.0 * state.learner.actor(obs)
         else:

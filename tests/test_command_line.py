@@ -37,6 +37,9 @@ SHORT_RUNS = {
     "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 --max-grad-norm 10",
     "sac": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
     "--updates-per-step .05 --block-type simba --norm-obs --actor-hidden-size 16 --critic-hidden-size 16",
+    "sacd": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
+    "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --q-clip .5 "
+    "--aggregate mean --no-critic-entropy",
     "td3": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
     "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --norm-obs --anneal-lr",
     "pqn": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4",
@@ -410,6 +413,8 @@ OWN_BAD_FLAGS = {
     ("dqn", "--hidden-sizes 0 84"): "--hidden-sizes must be from 1",
     ("dqn", "--total-timesteps 100"): "at least --num-envs x --num-steps",
     ("dqn", "--total-timesteps 10000"): "--learning-starts must be below",
+    ("sacd", "--env-id gymnax::Pendulum-v1"): "use sac.py",
+    ("sacd", "--alpha 0"): "--alpha must be above 0",
     ("td3", "--env-id gymnax::CartPole-v1"): "use dqn.py",
     ("td3", "--policy-frequency 0"): "--policy-frequency must be from 1",
     ("td3", "--buffer-size 100"): "--buffer-size must hold a batch",

@@ -24,7 +24,7 @@ from probes import (
 )
 
 # More where each learns less.
-ITERATIONS = {"dqn": 150, "sac": 150, "td3": 150, "a2c": 150, "impala": 150}
+ITERATIONS = {"dqn": 150, "sac": 150, "td3": 150, "sacd": 150, "a2c": 150, "impala": 150}
 
 
 def learn_probe(name, observe, reward, iterations=1.0, **ends):

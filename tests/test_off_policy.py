@@ -12,6 +12,7 @@ from probes import probe, quick, real_env, small_args, train
 
 import dqn
 import sac
+import sacd
 import td3
 
 # === test_dqn.py ===
@@ -541,3 +542,88 @@ def test_td3_explores_within_the_bounds():
     action = after.buffer.experience.action[0, : args.num_envs, 0]
     noise = action - state.learner.actor(state.acting.obs)[:, 0]
     assert 0.15 < noise.std() < 0.5 and jnp.abs(action).max() <= 1.0
+
+
+# === sacd.py ======================================================================================
+
+
+class FixedPolicy(nnx.Module):
+    """Probabilities .2 and .8, whatever is seen."""
+
+    def __init__(self):
+        self.logits = nnx.Param(jnp.log(jnp.array([0.2, 0.8])))
+
+    def __call__(self, obs):
+        return jnp.broadcast_to(nnx.log_softmax(self.logits[...]), (*obs.shape[:-1], 2))
+
+
+class TableCritics(nnx.Module):
+    """Two critics: [obs, 2 obs] and [4 - obs, 3]."""
+
+    def __init__(self, shift=0.0):
+        self.shift = nnx.Param(jnp.float32(shift))
+
+    def __call__(self, obs):
+        x = obs[:, 0]
+        first, second = jnp.stack([x, 2.0 * x], -1), jnp.stack([4.0 - x, 3.0 + 0.0 * x], -1)
+        return jnp.stack([first, second]) + self.shift[...]
+
+
+SACD_BATCH = sacd.Transition(
+    obs=jnp.array([[1.0], [3.0], [2.0]]),
+    action=jnp.array([0, 1, 1]),
+    reward=jnp.array([1.0, 2.0, 4.0]),
+    next_obs=jnp.array([[3.0], [1.0], [5.0]]),
+    terminated=jnp.array([False, False, True]),  # the second was cut by a limit: not terminated
+)
+ENTROPY = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
+
+
+@pytest.mark.parametrize("critic_entropy", [True, False])
+@pytest.mark.parametrize("aggregate", ["min", "mean"])
+def test_sacd_s_targets_are_exact_expectations(aggregate, critic_entropy):
+    flags = {"aggregate": aggregate, "critic_entropy": critic_entropy}
+    args = sacd.Args(gamma=0.5, reward_scale=2.0, **flags)
+    targets = sacd.compute_targets(FixedPolicy(), TableCritics(), 0.7, SACD_BATCH, args)
+    q_values = {  # at 3: [3, 6] and [1, 3]; at 1: [1, 2] and [3, 3]
+        "min": [0.2 * 1 + 0.8 * 3, 0.2 * 1 + 0.8 * 2],
+        "mean": [0.2 * 2 + 0.8 * 4.5, 0.2 * 2 + 0.8 * 2.5],
+    }[aggregate]
+    values = np.array(q_values) + 0.7 * ENTROPY * critic_entropy
+    np.testing.assert_allclose(targets, [*([2.0, 4.0] + 0.5 * values), 8.0], rtol=1e-5)
+
+
+def test_sacd_s_actor_loss_sums_over_actions():
+    """Its gradient by hand: that of a softmax policy's expectation."""
+    args = sacd.Args(aggregate="min")
+    loss, entropy = sacd.actor_loss(FixedPolicy(), TableCritics(), 0.7, SACD_BATCH, args)
+    q_values = np.array([[1.0, 2.0], [1.0, 3.0], [2.0, 3.0]])  # the smaller ones at 1, 3 and 2
+    probs = np.array([0.2, 0.8])
+    losses = (probs * (0.7 * np.log(probs) - q_values)).sum(axis=1)
+    np.testing.assert_allclose([loss, entropy], [losses.mean(), ENTROPY], rtol=1e-5)
+    run = lambda actor: sacd.actor_loss(actor, TableCritics(), 0.7, SACD_BATCH, args)[0]
+    inside = 0.7 * np.log(probs) - q_values.mean(axis=0)
+    by_hand = probs * (inside - (probs * inside).sum())
+    np.testing.assert_allclose(jax.grad(run)(FixedPolicy()).logits[...], by_hand, rtol=1e-4)
+
+
+def test_sacd_s_q_clip_takes_the_larger_error_of_each_transition():
+    """Moved up by 2 from its target network, a critic is judged as if it had moved by .5."""
+    targets, critic, old = jnp.array([9.0, 0.0, 4.5]), TableCritics(2.0), TableCritics()
+    values = np.array([[1.0, 6.0, 4.0], [3.0, 3.0, 3.0]])  # of the actions taken
+    moved, near = values + 2.0 - targets, values + 0.5 - targets
+    plain, _ = sacd.critic_loss(critic, old, SACD_BATCH, targets, sacd.Args())
+    np.testing.assert_allclose(plain, 0.5 * (moved**2).mean(axis=1).sum(), rtol=1e-5)
+    clipped, _ = sacd.critic_loss(critic, old, SACD_BATCH, targets, sacd.Args(q_clip=0.5))
+    expected = 0.5 * np.maximum(moved**2, near**2).mean(axis=1).sum()
+    np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+    assert clipped > plain
+
+
+def test_sacd_aims_at_a_share_of_the_largest_entropy():
+    """However much one action is better, the temperature keeps the policy there."""
+    args = small_args("sacd", autotune=True, alpha=0.5, target_entropy_scale=0.9)
+    reward = lambda time, bit, action: jnp.where(action == bit, 1.0, -1.0)
+    env = probe(lambda time, bit: bit, reward, terminated=lambda time, bit: time >= 1)
+    state, metrics = train("sacd", args, env, 150)
+    assert abs(metrics["losses/entropy"] - 0.9 * np.log(2)) < 0.05
