@@ -24,7 +24,7 @@ cN": its N-th detail for continuous actions).
     python ppo_continuous.py                                              # Pendulum-v1
     python ppo_continuous.py --env-id envpool::HalfCheetah-v5 --norm-obs --norm-reward \
         --num-steps 64 --num-minibatches 32 --update-epochs 10 --learning-rate 3e-4 --gamma 0.99 \
-        --reward-scale 1
+        --reward-scale 1 --log-std-init -1 --total-timesteps 1000000
     python ppo_continuous.py --env-id gymnasium::my_package:MyEnv-v0      # one of your own
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -154 +- 11 after 500k steps (mean and std

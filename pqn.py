@@ -16,11 +16,14 @@
 # ///
 """Parallelised Q-network: Q-learning without replay buffer and target network, in one file.
 
-Gallici et al. 2024, arXiv:2407.04811 (LayerNorm: section 3, algorithm 1; targets: Q(lambda) as Daley and
-Amato 2019, arXiv:1810.09967, eq. 6, without a cut where the agent explored: Peng and Williams 1994).
+Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv:2407.04811. Targets: Peng and
+Williams 1994, "Incremental Multi-Step Q-Learning": Q(lambda) that goes on where the agent explored.
 
     python pqn.py                                               # Breakout-MinAtar
-    python pqn.py --env-id gymnax::CartPole-v1 --num-seeds 8    # eight seeds in one program
+    python pqn.py --num-seeds 8                                 # eight seeds in one program
+    python pqn.py --env-id gymnax::CartPole-v1 --total-timesteps 500000 --num-envs 32 --num-steps 64 \
+        --num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 \
+        --exploration-fraction 0.5 --reward-scale 0.1
 
 Expected: not yet measured.
 

@@ -366,7 +366,7 @@ def actor_loss(actor: Actor, critic: Critic, alpha: Array, batch: Transition, ke
 
 
 def alpha_loss(log_alpha: Array, entropy: Array, target_entropy: float) -> Array:
-    """Raises alpha while the entropy is below its target, and the reverse (eq. 18)."""
+    """Raises alpha while the entropy is below its target, and the reverse (1812.05905, eq. 18)."""
     return jnp.exp(log_alpha) * (entropy - target_entropy)
 
 

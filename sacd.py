@@ -16,10 +16,9 @@
 # ///
 """Soft actor-critic for discrete actions, in one file.
 
-Christodoulou 2019, arXiv:1910.07207 (exact expectations over actions: eq. 8-12). With
+Christodoulou 2019, arXiv:1910.07207 (values: eq. 10, temperature: eq. 11, actor: eq. 12). With
 --target-entropy-scale 0.98 that is the paper; --aggregate mean --q-clip 0.5 are the critics of Zhou et
-al. 2022, arXiv:2209.10081; --no-critic-entropy takes the entropy out of their targets, as Asad et al.
-2025, arXiv:2509.09838, found best.
+al. 2022, arXiv:2209.10081; --no-critic-entropy leaves the entropy to the actor, as in arXiv:2509.09838.
 
     python sacd.py                                              # CartPole-v1
     python sacd.py --num-seeds 8                                # eight seeds in one program
@@ -307,7 +306,7 @@ def aggregate(q_values: Array, args: Args) -> Array:
 
 def compute_targets(actor: Actor, target: Critic, alpha, batch: Transition, args: Args) -> Array:
     """reward + gamma sum_a pi(a) (Q'(next_obs, a) - alpha log pi(a)), without the second term where the
-    task ended (eq. 2 and 10) -> [M].
+    task ended (eq. 10) -> [M].
     """
     logprobs = actor(batch.next_obs)  # [M, A]
     values = aggregate(target(batch.next_obs), args) - args.critic_entropy * alpha * logprobs
@@ -323,7 +322,7 @@ def critic_loss(critic: Critic, target: Critic, batch: Transition, targets: Arra
     """Squared error of every critic against the targets [M] -> loss, mean value.
 
     With q_clip, the larger one of that and the error of its target network's value, moved towards its own
-    by at most q_clip (arXiv:2209.10081, eq. 9), for each transition.
+    by at most q_clip (arXiv:2209.10081), for each transition.
     """
     taken = lambda critic: jnp.take_along_axis(
         critic(batch.obs), batch.action[None, :, None], axis=-1
@@ -348,7 +347,7 @@ def actor_loss(actor: Actor, critic: Critic, alpha: Array, batch: Transition, ar
 
 
 def alpha_loss(log_alpha: Array, entropy: Array, target_entropy: float) -> Array:
-    """Raises alpha while the entropy is below its target, and the reverse (eq. 18)."""
+    """Raises alpha while the entropy is below its target, and the reverse (1812.05905, eq. 18)."""
     return jnp.exp(log_alpha) * (entropy - target_entropy)
 
 

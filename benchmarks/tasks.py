@@ -39,7 +39,10 @@ SCRIPTS = {  # name: what it is
     "a2c": "advantage actor-critic",
     "impala": "actor threads, a learner and V-trace; actors and learners on different devices by flag",
     "dqn": "(double) deep Q-network; the replay buffer is part of the compiled loop",
+    "pqn": "Q(lambda) with normalised layers: no replay buffer, no target network",
     "sac": "soft actor-critic with automatic temperature; SimBa's networks by flag",
+    "sacd": "the same for discrete actions, with exact expectations",
+    "td3": "twin delayed deep deterministic policy gradient",
 }
 
 LANDER, JUDGE = "LunarLander-v3", "gymnasium::LunarLander-v3"  # trained in EnvPool's
@@ -58,6 +61,11 @@ BREAKOUT_BY_DQN = (
     "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
     "--exploration-fraction 0.1 --hidden-sizes 128 128"
+)
+CARTPOLE_BY_PQN = (
+    "--env-id gymnax::CartPole-v1 --total-timesteps 500000 --num-envs 32 --num-steps 64 "
+    "--num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 "
+    "--exploration-fraction 0.5 --reward-scale 0.1"
 )
 HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
@@ -90,6 +98,10 @@ RESULTS = {
     "dqn_cartpole": Task("dqn.py", "CartPole-v1", "", TEN, 475),
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
+    "pqn_cartpole": Task("pqn.py", "CartPole-v1", CARTPOLE_BY_PQN, TEN, 475),
+    "pqn_breakout": Task("pqn.py", "Breakout-MinAtar", bar=28),
+    "sacd_cartpole": Task("sacd.py", "CartPole-v1", "", TEN, 475),
+    "td3_pendulum": Task("td3.py", "Pendulum-v1", "", TEN, -160),
     "sac_pendulum": Task("sac.py", "Pendulum-v1", "", SIX, -160),
     "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),
 }
