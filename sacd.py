@@ -88,7 +88,7 @@ class Args:
     max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
     gamma: float = 0.99  # discount factor
     buffer_size: int = 100_000  # transitions kept for replay
-    batch_size: int = 256  # transitions in each gradient step
+    batch_size: int = 128  # transitions in each gradient step
     learning_starts: int = 2_000  # environment steps, with random actions, before the first one
     updates_per_step: float = 0.25  # gradient steps for each environment step
     tau: float = 0.005  # how far the target critics follow at each gradient step
@@ -101,9 +101,9 @@ class Args:
     reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
     norm_obs: bool = False  # normalise observations by the mean and variance of all acted on
     block_type: Literal["mlp", "simba"] = "mlp"  # hidden layers, or SimBa's residual blocks
-    actor_hidden_size: int = 256  # width of the actor
+    actor_hidden_size: int = 128  # width of the actor
     actor_num_blocks: int = 2  # its hidden layers or residual blocks
-    critic_hidden_size: int = 256  # width of each critic
+    critic_hidden_size: int = 128  # width of each critic
     critic_num_blocks: int = 2  # its hidden layers or residual blocks
     num_critics: int = 2  # networks that value actions
     target_return: float | None = None  # stop when the last 100 training episodes average this
