@@ -4,6 +4,7 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
+#   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -81,7 +82,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps of each agent
     num_envs: int = 4  # parallel environments
     num_steps: int = 250  # steps in each environment from one log row to the next
-    policy_lr: float = 3e-4  # Adam's step size for the actor
+    policy_lr: float = 1e-3  # Adam's step size for the actor
     q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
     anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
     weight_decay: float = 0.0  # AdamW's weight decay for actor and critics
@@ -92,13 +93,13 @@ class Args:
     learning_starts: int = 2_000  # environment steps, with random actions, before the first one
     updates_per_step: float = 0.25  # gradient steps for each environment step
     tau: float = 0.005  # how far the target critics follow at each gradient step
-    alpha: float = 1.0  # weight of the entropy, at the start if autotune
+    alpha: float = 0.1  # weight of the entropy, at the start if autotune
     autotune: bool = True  # learn alpha so that the entropy stays near its target
     target_entropy_scale: float = 0.5  # target of the entropy, as a share of the largest, log A
     critic_entropy: bool = True  # the critics value future entropy too
     aggregate: Literal["min", "mean"] = "min"  # what of the critics' values counts
     q_clip: float | None = None  # how far critics may move from their targets at no loss, None: any
-    reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
+    reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     norm_obs: bool = False  # normalise observations by the mean and variance of all acted on
     block_type: Literal["mlp", "simba"] = "mlp"  # hidden layers, or SimBa's residual blocks
     actor_hidden_size: int = 128  # width of the actor

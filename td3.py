@@ -4,6 +4,7 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
+#   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -16,8 +17,8 @@
 # ///
 """Twin delayed deep deterministic policy gradient, in one file.
 
-Fujimoto et al. 2018, arXiv:1802.09477 (algorithm 1; smoothed targets: eq. 14, their minimum: eq. 10,
-delay: section 5.2); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
+Fujimoto et al. 2018, arXiv:1802.09477 (algorithm 1; the smaller of two critics: section 4.2, delay:
+5.2, smoothed targets: 5.3); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
 
     python td3.py                                                           # Pendulum-v1
     python td3.py --env-id envpool::HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 25000
@@ -303,7 +304,7 @@ def normalize(obs: Array, stats: RunningStats | None) -> Array:
 
 def compute_targets(actor: Actor, critic: Critic, batch: Transition, key: Array, args: Args):
     """reward + gamma min Q'(next_obs, a') of the target networks, a' = pi'(next_obs) + clipped noise
-    (eq. 14), without the second term where the task ended -> [M].
+    (section 5.3), without the second term where the task ended -> [M].
     """
     noise = args.policy_noise * jax.random.normal(key, batch.action.shape)  # own for each entry
     noise = jnp.clip(noise, -args.noise_clip, args.noise_clip)
