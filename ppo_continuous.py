@@ -29,6 +29,7 @@ cN": its N-th detail for continuous actions).
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -154 +- 11 after 500k steps (mean and std
 of 10 seeds, 100 episodes each); --target-return -200 ends 7 s after the launch (median of 10 seeds).
+On HalfCheetah-v5, 6113 +- 807 after 1M steps (10 seeds).
 
 Differs from ppo.py in: the policy is a Gaussian whose standard deviation does not depend on the
 observation, actions are clipped on their way to the simulator and nowhere else, and observations
