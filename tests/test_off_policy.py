@@ -369,6 +369,7 @@ def test_step_sizes_fall_to_0_over_the_run_and_gradients_are_clipped():
     np.testing.assert_allclose(state[1][0].mu, [0.03, 0.04], rtol=1e-5)  # a tenth of .3 and .4
 
 
+@pytest.mark.thorough
 def test_dqn_clips_gradients_where_it_is_asked_to():
     args = small_args("dqn", max_grad_norm=1e-3, learning_rate=1.0, num_envs=4)
     env = probe(lambda time, bit: bit, lambda time, bit, action: 1e3, num_envs=4)
@@ -478,7 +479,7 @@ TD3_BATCH = td3.Transition(
 )
 
 
-@pytest.mark.parametrize("policy_noise", [0.0, 0.1, 50.0])
+@pytest.mark.parametrize("policy_noise", quick([0.0, 0.1, 50.0], 0.0, 50.0))
 def test_td3_s_targets_smooth_each_action_entry_on_its_own(policy_noise):
     args = td3.Args(gamma=0.5, reward_scale=2.0, policy_noise=policy_noise, noise_clip=0.3)
     targets = td3.compute_targets(Constant(), SumCritics(), TD3_BATCH, jax.random.key(0), args)
@@ -532,6 +533,7 @@ def test_td3_s_actor_and_targets_move_with_every_third_step_of_the_critics():
     assert not same(first, second)
 
 
+@pytest.mark.thorough
 def test_td3_explores_within_the_bounds():
     args, env = small_args("td3", exploration_noise=0.3), real_env("td3")
     state = jax.jit(td3.make_train(args, env)[0])(jax.random.key(0))
@@ -620,6 +622,7 @@ def test_sacd_s_q_clip_takes_the_larger_error_of_each_transition():
     assert clipped > plain
 
 
+@pytest.mark.thorough
 def test_sacd_aims_at_a_share_of_the_largest_entropy():
     """However much one action is better, the temperature keeps the policy there."""
     args = small_args("sacd", autotune=True, alpha=0.5, target_entropy_scale=0.9)

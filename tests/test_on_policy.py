@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rlax
 from flax import nnx
-from probes import real_env, small_args
+from probes import quick, real_env, small_args
 from scipy import stats
 
 import a2c
@@ -417,7 +417,7 @@ def lambda_returns_by_rlax(rewards, next_values, terminated, truncated, q_lambda
     return returns(*map(jnp.float32, (rewards, discounts, next_values, lambdas)))
 
 
-@pytest.mark.parametrize("q_lambda", [0.0, 0.65, 1.0])
+@pytest.mark.parametrize("q_lambda", quick([0.0, 0.65, 1.0], 0.65))
 def test_lambda_returns_agree_with_rlax_with_ends_and_time_limits(q_lambda):
     """Ends and limits inside and at the last step, which is where published code went wrong."""
     rewards, values, dones, last_value = trajectory(num_steps=60, num_envs=4)
