@@ -35,7 +35,7 @@ def learn_probe(name, observe, reward, iterations=1.0, **ends):
 ZERO_ONE = jnp.array([[0.0], [1.0]])
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo", "dqn"))
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo"))
 def test_probe_discount(name):
     """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
     learned = learn_probe(
@@ -66,7 +66,7 @@ def test_probe_time_limit(name):
 
 
 @pytest.mark.parametrize(
-    "name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo_continuous", "sac", "dqn")
+    "name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo_continuous", "dqn")
 )
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
