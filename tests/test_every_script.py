@@ -65,9 +65,7 @@ def test_probe_time_limit(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo_continuous", "dqn")
-)
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo_continuous", "dqn"))
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
 
