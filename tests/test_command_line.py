@@ -46,7 +46,9 @@ SHORT_RUNS = {
     "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",
 }
-SHORT_RUNS["ppo_lstm"] = SHORT_RUNS["a2c"] + " --num-minibatches 4 --recompute-carries"
+SHORT_RUNS["ppo_lstm"] = (
+    SHORT_RUNS["a2c"] + " --num-minibatches 4 --recompute-carries --chrono-length 20"
+)
 SHORT_RUNS["rppo_continuous"] = (
     "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
     "--recompute-advantages"

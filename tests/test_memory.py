@@ -428,3 +428,16 @@ def products(jaxpr):
         for part in eqn.params.values():
             if hasattr(part, "jaxpr"):
                 yield from products(part.jaxpr)
+
+
+@pytest.mark.parametrize("script", [ppo_lstm, rppo_continuous])
+def test_chrono_length_spreads_how_long_the_cells_remember(script):
+    """A cell with forget gate f forgets in 1 / (1 - f) = 1 + exp(bias) steps: here 2 to 1 + 100."""
+    split = lambda length: np.split(script.LSTM(3, 500, length, nnx.Rngs(0)).inputs.bias[...], 4)
+    ignore, forget, *others = split(100)
+    np.testing.assert_array_equal(ignore, -forget)
+    memories = np.exp(forget)
+    assert 1.0 <= memories.min() < 5.0 and 95.0 < memories.max() <= 100.0
+    assert abs(memories.mean() - 50.5) < 5.0 and not np.any(others)
+    ignore, forget, *others = split(0)
+    assert not np.any(ignore) and (forget == 1.0).all() and not np.any(others)
