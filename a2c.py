@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -60,7 +59,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,10 +194,10 @@ class Agent(nnx.Module):
         self.actor = MLP(in_size, hidden_size, action_size, 0.01, rngs)  # starts near uniform
         self.critic = MLP(in_size, hidden_size, 1, 1.0, rngs)
 
-    def __call__(self, obs: Array) -> tuple[distrax.Categorical, Array]:
-        """Observations [..., *obs_shape] -> policy and value, both [...]."""
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Observations [..., *obs_shape] -> log-probs of the actions [..., A], value [...]."""
         x = self.encoder(obs) if self.encoder else obs
-        return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
+        return nnx.log_softmax(self.actor(x)), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -229,8 +227,8 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 
     def act_and_step(acting, keys):
         (env_state, obs), (action_key, env_key) = acting, keys
-        pi, value = agent(obs)
-        action = jax.random.categorical(action_key, pi.logits)
+        logprobs, value = agent(obs)
+        action = jax.random.categorical(action_key, logprobs)
         env_state, timestep = env.step(env_key, env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
@@ -270,15 +268,15 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
 
 def a2c_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Policy gradient, value and entropy loss (sec. 4) of a batch [T, B, ...] -> loss, metrics."""
-    pi, value = agent(batch.obs)
-    assert value.shape == batch.action.shape == advantages.shape == returns.shape
-
+    logprobs, value = agent(batch.obs)
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+    assert value.shape == logprob.shape == advantages.shape == returns.shape
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    pg_loss = -(pi.log_prob(batch.action) * advantages).mean()
+    pg_loss = -(logprob * advantages).mean()
     v_loss = 0.5 * ((value - returns) ** 2).mean()
 
-    entropy = pi.entropy().mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1).mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -363,7 +361,7 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        action = state.agent(obs)[0].mode()
+        action = state.agent(obs)[0].argmax(axis=-1)
         env_state, timestep = env.step(env_key, env_state, action)
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

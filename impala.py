@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -65,7 +64,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,10 +223,10 @@ class Agent(nnx.Module):
         self.actor = MLP(in_size, hidden_size, action_size, 0.01, rngs)  # starts near uniform
         self.critic = MLP(in_size, hidden_size, 1, 1.0, rngs)
 
-    def __call__(self, obs: Array) -> tuple[distrax.Categorical, Array]:
-        """Observations [..., *obs_shape] -> policy and value, both [...]."""
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Observations [..., *obs_shape] -> log-probs of the actions [..., A], value [...]."""
         x = self.encoder(obs) if self.encoder else obs
-        return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
+        return nnx.log_softmax(self.actor(x)), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -259,9 +257,9 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 
     def act_and_step(acting, keys):
         (env_state, obs), (action_key, env_key) = acting, keys
-        pi, _ = agent(obs)
-        action = jax.random.categorical(action_key, pi.logits)
-        logprob = pi.log_prob(action)
+        logprobs, _ = agent(obs)
+        action = jax.random.categorical(action_key, logprobs)
+        logprob = jnp.take_along_axis(logprobs, action[:, None], axis=-1)[:, 0]
         env_state, timestep = env.step(env_key, env_state, action)
         done = timestep.terminated | timestep.truncated
         cut = timestep.truncated & ~timestep.terminated
@@ -321,8 +319,9 @@ def compute_targets(agent: Agent, batch: Transition, last_obs: Array, args: Args
 
     last_obs: [M, *obs_shape], after the last step.
     """
-    pi, value = agent(batch.obs)
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logprobs, value = agent(batch.obs)
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+    logratio = logprob - batch.logprob
     ratios = jnp.exp(logratio)
     # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
     value_beyond = lambda: jnp.where(batch.cut, agent(batch.next_obs)[1], 0.0)
@@ -344,12 +343,12 @@ def compute_targets(agent: Agent, batch: Transition, last_obs: Array, args: Args
 
 def impala_loss(agent: Agent, batch: Transition, targets: Array, advantages: Array, args: Args):
     """Policy gradient, value and entropy loss (sec. 4.2) of [T, M, ...] -> loss, metrics."""
-    pi, value = agent(batch.obs)
-    logprob = pi.log_prob(batch.action)
+    logprobs, value = agent(batch.obs)
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
     assert logprob.shape == advantages.shape == value.shape == targets.shape == batch.reward.shape
     pg_loss = -(logprob * advantages).mean()
     v_loss = 0.5 * ((value - targets) ** 2).mean()
-    entropy = pi.entropy().mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1).mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -523,7 +522,7 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        action = state.agent(obs)[0].mode()
+        action = state.agent(obs)[0].argmax(axis=-1)
         env_state, timestep = env.step(env_key, env_state, action)
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -55,7 +54,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,10 +198,10 @@ class Agent(nnx.Module):
         self.actor = MLP(in_size, hidden_size, action_size, 0.01, rngs)  # starts near uniform
         self.critic = MLP(in_size, hidden_size, 1, 1.0, rngs)
 
-    def __call__(self, obs: Array) -> tuple[distrax.Categorical, Array]:
-        """Observations [..., *obs_shape] -> policy and value, both [...]."""
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Observations [..., *obs_shape] -> log-probs of the actions [..., A], value [...]."""
         x = self.encoder(obs) if self.encoder else obs
-        return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
+        return nnx.log_softmax(self.actor(x)), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -234,9 +232,9 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 
     def act_and_step(acting, keys):
         (env_state, obs), (action_key, env_key) = acting, keys
-        pi, value = agent(obs)
-        action = jax.random.categorical(action_key, pi.logits)
-        logprob = pi.log_prob(action)
+        logprobs, value = agent(obs)
+        action = jax.random.categorical(action_key, logprobs)
+        logprob = jnp.take_along_axis(logprobs, action[:, None], axis=-1)[:, 0]
         env_state, timestep = env.step(env_key, env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
@@ -276,9 +274,10 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
 
 def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [M, ...] -> loss, metrics."""
-    pi, value = agent(batch.obs)
+    logprobs, value = agent(batch.obs)
     assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+    logratio = logprob - batch.logprob
     ratio = jnp.exp(logratio)
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -291,7 +290,7 @@ def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array,
         v_error = jnp.maximum(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = pi.entropy().mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1).mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -403,7 +402,7 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        action = state.agent(obs)[0].mode()
+        action = state.agent(obs)[0].argmax(axis=-1)
         env_state, timestep = env.step(env_key, env_state, action)
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

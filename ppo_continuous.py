@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -62,7 +61,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +70,7 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import buffer_callback, io_callback
+from jax.scipy.stats import norm
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
 
@@ -212,11 +211,10 @@ class Agent(nnx.Module):
         self.log_std = nnx.Param(jnp.full(action_size, log_std))  # details c2 and c3
         self.critic = MLP(in_size, hidden_size, 1, 1.0, rngs)
 
-    def __call__(self, obs: Array) -> tuple[distrax.Distribution, Array]:
-        """Observations [..., *obs_shape] -> policy and value, both [...]."""
+    def __call__(self, obs: Array) -> tuple[Array, Array, Array]:
+        """Observations [..., *obs_shape] -> mean [..., A] and std [A] of the actions, value [...]."""
         x = self.encoder(obs) if self.encoder else obs
-        pi = distrax.MultivariateNormalDiag(self.actor(x), jnp.exp(self.log_std[...]))
-        return pi, self.critic(x)[..., 0]
+        return self.actor(x), jnp.exp(self.log_std[...]), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -249,14 +247,14 @@ def rollout(policy: Callable, env: "Env", acting: Acting, key: Array, num_steps:
     def act_and_step(acting, keys):
         env_state, obs, discounted = acting
         action_key, env_key = keys
-        pi, value = policy(obs)
-        action = pi.sample(seed=action_key)
-        logprob = pi.log_prob(action)
+        mean, std, value = policy(obs)
+        action = mean + std * jax.random.normal(action_key, mean.shape)
+        logprob = norm.logpdf(action, mean, std).sum(axis=-1)
         clipped = jnp.clip(action, env.action_low, env.action_high)  # detail c5
         env_state, timestep = env.step(env_key, env_state, clipped)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
-        value_beyond = lambda: jnp.where(cut, policy(timestep.next_obs)[1], 0.0)
+        value_beyond = lambda: jnp.where(cut, policy(timestep.next_obs)[-1], 0.0)
         final_value = jax.lax.cond(cut.any(), value_beyond, lambda: jnp.zeros_like(value))
         done = timestep.terminated | timestep.truncated
         transition = Transition(obs, action, logprob, value, timestep.reward, done, final_value)
@@ -341,9 +339,9 @@ def normalize_rewards(rewards, dones, discounted, stats: RunningStats | None, ga
 
 def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array, args: Args):
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [M, ...] -> loss, metrics."""
-    pi, value = agent(batch.obs)
+    mean, std, value = agent(batch.obs)
     assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logratio = norm.logpdf(batch.action, mean, std).sum(axis=-1) - batch.logprob
     ratio = jnp.exp(logratio)
     if args.norm_adv:  # detail 7
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -356,7 +354,7 @@ def ppo_loss(agent: Agent, batch: Transition, advantages: Array, returns: Array,
         v_error = jnp.maximum(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = pi.entropy().mean()
+    entropy = jnp.log(std * (2 * jnp.pi * jnp.e) ** 0.5).sum()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -412,7 +410,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         )
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * rewards + args.gamma * batch.final_value
-        _, last_value = policy(acting.obs)
+        *_, last_value = policy(acting.obs)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
@@ -484,8 +482,8 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         env_state, obs, key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        action = state.agent(normalize(obs, state.obs_stats))[0].mode()
-        clipped = jnp.clip(action, env.action_low, env.action_high)
+        mean, _, _ = state.agent(normalize(obs, state.obs_stats))
+        clipped = jnp.clip(mean, env.action_low, env.action_high)
         env_state, timestep = env.step(env_key, env_state, clipped)
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

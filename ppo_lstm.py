@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -61,7 +60,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,12 +241,12 @@ class Agent(nnx.Module):
         return (jnp.zeros((num_envs, self.lstm.hidden_size)),) * 2
 
     def step(self, memory: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, policy and value, both [B]."""
+        """obs [B, *obs_shape], reset [B] -> memory, log-probs [B, A], value [B]."""
         memory, x = self.lstm.step(memory, self.encode(obs), reset)
         return memory, *self.heads(x)
 
     def unroll(self, memory: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [T, B, *obs_shape], reset [T, B] -> memory, policy and value, both [T, B]."""
+        """obs [T, B, *obs_shape], reset [T, B] -> memory, log-probs [T, B, A], value [T, B]."""
         memory, x = self.lstm.unroll(memory, self.encode(obs), reset)
         return memory, *self.heads(x)
 
@@ -256,9 +254,9 @@ class Agent(nnx.Module):
         """[..., *obs_shape] -> [..., D]."""
         return nnx.tanh(self.embed(self.cnn(obs) if self.cnn else obs))
 
-    def heads(self, x: Array) -> tuple[distrax.Categorical, Array]:
-        """[..., D] -> policy and value, both [...]."""
-        return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
+    def heads(self, x: Array) -> tuple[Array, Array]:
+        """[..., D] -> log-probs of the actions [..., A], value [...]."""
+        return nnx.log_softmax(self.actor(x)), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -292,16 +290,16 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 
     def act_and_step(acting, keys):
         action_key, env_key = keys
-        memory, pi, value = agent.step(acting.memory, acting.obs, acting.reset)
-        action = jax.random.categorical(action_key, pi.logits)
-        logprob = pi.log_prob(action)
+        memory, logprobs, value = agent.step(acting.memory, acting.obs, acting.reset)
+        action = jax.random.categorical(action_key, logprobs)
+        logprob = jnp.take_along_axis(logprobs, action[:, None], axis=-1)[:, 0]
         env_state, timestep = env.step(env_key, acting.env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
             cut.any(),
             lambda: jnp.where(
-                cut, agent.step(memory, timestep.next_obs, jnp.zeros_like(cut))[2], 0.0
+                cut, agent.step(memory, timestep.next_obs, jnp.zeros_like(cut))[-1], 0.0
             ),
             lambda: jnp.zeros_like(value),
         )
@@ -345,9 +343,10 @@ def ppo_loss(
     """Clipped surrogate, value and entropy loss (eq. 9) of a minibatch [T, S, ...] that begins with
     memory [S, ...] -> loss, metrics.
     """
-    _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
+    _, logprobs, value = agent.unroll(memory, batch.obs, batch.reset)
     assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+    logratio = logprob - batch.logprob
     ratio = jnp.exp(logratio)
 
     if args.norm_adv:  # detail 7
@@ -361,7 +360,7 @@ def ppo_loss(
         v_error = jnp.maximum(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = pi.entropy().mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1).mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -419,7 +418,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
-        _, _, last_value = agent.step(acting.memory, acting.obs, acting.reset)
+        *_, last_value = agent.step(acting.memory, acting.obs, acting.reset)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
@@ -490,8 +489,8 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs, reset, memory), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        memory, pi, _ = state.agent.step(memory, obs, reset)
-        env_state, timestep = env.step(env_key, env_state, pi.mode())
+        memory, logprobs, _ = state.agent.step(memory, obs, reset)
+        env_state, timestep = env.step(env_key, env_state, logprobs.argmax(axis=-1))
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive
         done = timestep.terminated | timestep.truncated

@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -62,7 +61,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -392,7 +390,7 @@ class Agent(nnx.Module):
         return Memory(jnp.zeros(shape, self.dtype), jnp.full(num_envs, -1))
 
     def unroll(self, memory: Memory, obs: Array, reset: Array):
-        """obs [T, B, *obs_shape], reset [T, B] -> memory, policy and value, both [T, B]."""
+        """obs [T, B, *obs_shape], reset [T, B] -> memory, log-probs [T, B, A], value [T, B]."""
         ages = episode_ages(memory.age, reset)  # [T, B]
         visible = visible_steps(ages, self.memory_length)
         x, inputs = self.encode(obs, ages).swapaxes(0, 1), []  # [B, T, D]
@@ -403,9 +401,9 @@ class Agent(nnx.Module):
         return memory.append(inputs, ages[-1]), *self.heads(x.swapaxes(0, 1))
 
     def step(self, memory: Memory, obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, policy and value, both [B]."""
-        cache, inputs, pi, value = self.cached_step(self.open_cache(memory), obs, reset)
-        return memory.append(inputs[:, None], cache.age), pi, value
+        """obs [B, *obs_shape], reset [B] -> memory, log-probs [B, A], value [B]."""
+        cache, inputs, logprobs, value = self.cached_step(self.open_cache(memory), obs, reset)
+        return memory.append(inputs[:, None], cache.age), logprobs, value
 
     def open_cache(self, memory: Memory) -> Cache:
         """Keys and values of the memory, for as many steps as the parameters stay the same."""
@@ -416,7 +414,7 @@ class Agent(nnx.Module):
         return Cache(*zip(*rings, strict=True), jnp.int32(0), memory.age)
 
     def cached_step(self, cache: Cache, obs: Array, reset: Array):
-        """A step of `step` -> cache, inputs for the memory [B, L, D], policy and value, both [B]."""
+        """A step of `step` -> cache, inputs for the memory [B, L, D], log-probs [B, A], value [B]."""
         age = jnp.where(reset, 0, cache.age + 1)
         slots = jnp.arange(self.memory_length)
         distances = jnp.append((cache.slot - 1 - slots) % self.memory_length + 1, 0)  # [M + 1]
@@ -442,9 +440,9 @@ class Agent(nnx.Module):
         x = self.embed(self.cnn(obs) if self.cnn else obs)
         return x + sinusoids(age, x.shape[-1]) if self.absolute else x
 
-    def heads(self, x: Array) -> tuple[distrax.Categorical, Array]:
-        """[..., D] -> policy and value, both [...]."""
-        return distrax.Categorical(logits=self.actor(x)), self.critic(x)[..., 0]
+    def heads(self, x: Array) -> tuple[Array, Array]:
+        """[..., D] -> log-probs of the actions [..., A], value [...]."""
+        return nnx.log_softmax(self.actor(x)), self.critic(x)[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -480,16 +478,16 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
     def act_and_step(acting, keys):  # with a Cache as memory
         env_state, obs, reset, cache = acting
         action_key, env_key = keys
-        cache, inputs, pi, value = agent.cached_step(cache, obs, reset)
-        action = jax.random.categorical(action_key, pi.logits)
-        logprob = pi.log_prob(action)
+        cache, inputs, logprobs, value = agent.cached_step(cache, obs, reset)
+        action = jax.random.categorical(action_key, logprobs)
+        logprob = jnp.take_along_axis(logprobs, action[:, None], axis=-1)[:, 0]
         env_state, timestep = env.step(env_key, env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
             cut.any(),
             lambda: jnp.where(
-                cut, agent.cached_step(cache, timestep.next_obs, jnp.zeros_like(cut))[3], 0.0
+                cut, agent.cached_step(cache, timestep.next_obs, jnp.zeros_like(cut))[-1], 0.0
             ),
             lambda: jnp.zeros_like(value),
         )
@@ -538,9 +536,10 @@ def ppo_loss(
     """Clipped surrogate, value and entropy loss (eq. 9) of windows [W, S, ...] that begin with
     memory [S, ...] -> loss, metrics.
     """
-    _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
+    _, logprobs, value = agent.unroll(memory, batch.obs, batch.reset)
     assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+    logratio = logprob - batch.logprob
     ratio = jnp.exp(logratio)
 
     if args.norm_adv:  # detail 7
@@ -554,7 +553,7 @@ def ppo_loss(
         v_error = jnp.maximum(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = pi.entropy().mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(axis=-1).mean()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -605,7 +604,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
-        _, _, last_value = agent.step(acting.memory, acting.obs, acting.reset)
+        *_, last_value = agent.step(acting.memory, acting.obs, acting.reset)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
@@ -690,8 +689,8 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs, reset, cache), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        cache, _, pi, _ = state.agent.cached_step(cache, obs, reset)
-        env_state, timestep = env.step(env_key, env_state, pi.mode())
+        cache, _, logprobs, _ = state.agent.cached_step(cache, obs, reset)
+        env_state, timestep = env.step(env_key, env_state, logprobs.argmax(axis=-1))
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive
         done = timestep.terminated | timestep.truncated

@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
 #   "six>=1.16,<2",  # gymnax imports it without saying so
@@ -61,7 +60,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +69,7 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import buffer_callback, io_callback
+from jax.scipy.stats import norm
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
 
@@ -276,20 +275,16 @@ class Agent(nnx.Module):
         return (((jnp.zeros((num_envs, self.actor.lstm.hidden_size)),) * 2),) * 2
 
     def step(self, memory: tuple, obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, policy and value, both [B]."""
+        """obs [B, *obs_shape], reset [B] -> memory, mean [B, A], std [A], value [B]."""
         actor_carry, mean = self.actor.step(memory[0], obs, reset)
         critic_carry, value = self.critic.step(memory[1], obs, reset)
-        return (actor_carry, critic_carry), self.policy(mean), value[..., 0]
+        return (actor_carry, critic_carry), mean, jnp.exp(self.log_std[...]), value[..., 0]
 
     def unroll(self, memory: tuple, obs: Array, reset: Array):
-        """obs [T, B, *obs_shape], reset [T, B] -> memory, policy and value, both [T, B]."""
+        """obs [T, B, *obs_shape], reset [T, B] -> memory, mean [T, B, A], std [A], value [T, B]."""
         actor_carry, mean = self.actor.unroll(memory[0], obs, reset)
         critic_carry, value = self.critic.unroll(memory[1], obs, reset)
-        return (actor_carry, critic_carry), self.policy(mean), value[..., 0]
-
-    def policy(self, mean: Array) -> distrax.Distribution:
-        """[..., A] -> Gaussian of actions."""
-        return distrax.MultivariateNormalDiag(mean, jnp.exp(self.log_std[...]))
+        return (actor_carry, critic_carry), mean, jnp.exp(self.log_std[...]), value[..., 0]
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -327,14 +322,15 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
     def act_and_step(acting, keys):
         env_state, obs, reset, memory = acting
         action_key, env_key = keys
-        next_memory, pi, value = agent.step(memory, obs, reset)
-        action = pi.sample(seed=action_key)
+        next_memory, mean, std, value = agent.step(memory, obs, reset)
+        action = mean + std * jax.random.normal(action_key, mean.shape)
+        logprob = norm.logpdf(action, mean, std).sum(axis=-1)
         clipped = jnp.clip(action, env.action_low, env.action_high)  # detail c5
         env_state, timestep = env.step(env_key, env_state, clipped)
         cut = timestep.truncated & ~timestep.terminated
         done = timestep.terminated | timestep.truncated
         final_value = value_at_limit(agent, next_memory, timestep.next_obs, cut)
-        transition = (obs, reset, action, pi.log_prob(action), value, timestep.reward, done)
+        transition = (obs, reset, action, logprob, value, timestep.reward, done)
         transition = Transition(*transition, cut, final_value, timestep.next_obs, memory)
         return Acting(env_state, timestep.obs, done, next_memory), transition
 
@@ -347,7 +343,7 @@ def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
     """
     return jax.lax.cond(
         cut.any(),
-        lambda: jnp.where(cut, agent.step(memory, next_obs, jnp.zeros_like(cut))[2], 0.0),
+        lambda: jnp.where(cut, agent.step(memory, next_obs, jnp.zeros_like(cut))[-1], 0.0),
         lambda: jnp.zeros(cut.shape),
     )
 
@@ -356,7 +352,7 @@ def replay(agent: Agent, batch: Transition, acting: Acting) -> tuple[Transition,
     """The batch and what follows it, with what this agent would have remembered and expected."""
 
     def step(memory, transition):
-        next_memory, _, value = agent.step(memory, transition.obs, transition.reset)
+        next_memory, *_, value = agent.step(memory, transition.obs, transition.reset)
         final_value = value_at_limit(agent, next_memory, transition.next_obs, transition.cut)
         fresh = transition._replace(memory=memory, value=value, final_value=final_value)
         return next_memory, fresh
@@ -402,10 +398,10 @@ def ppo_loss(
             jax.tree.map(lambda x, part=part: x[part], (batch, advantages, returns))
             for part in (slice(args.burn_in), slice(args.burn_in, None))
         ]
-        memory, _, _ = jax.lax.stop_gradient(agent).unroll(memory, warm_up[0].obs, warm_up[0].reset)
-    _, pi, value = agent.unroll(memory, batch.obs, batch.reset)
+        memory, *_ = jax.lax.stop_gradient(agent).unroll(memory, warm_up[0].obs, warm_up[0].reset)
+    _, mean, std, value = agent.unroll(memory, batch.obs, batch.reset)
     assert value.shape == batch.logprob.shape == advantages.shape == returns.shape
-    logratio = pi.log_prob(batch.action) - batch.logprob
+    logratio = norm.logpdf(batch.action, mean, std).sum(axis=-1) - batch.logprob
     ratio = jnp.exp(logratio)
 
     if args.norm_adv:  # detail 7
@@ -419,7 +415,7 @@ def ppo_loss(
         v_error = jnp.maximum(v_error, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_error.mean()
 
-    entropy = pi.entropy().mean()
+    entropy = jnp.log(std * (2 * jnp.pi * jnp.e) ** 0.5).sum()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {
         "losses/policy_loss": pg_loss,
@@ -484,7 +480,7 @@ def prepare(agent: Agent, batch: Transition, acting: Acting, args: Args):
     """The batch [T, B, ...] as sequences [W, K B, ...] -> memory [K B, ...], (batch, advantages,
     returns). acting: where it stood after the batch.
     """
-    _, _, last_value = agent.step(acting.memory, acting.obs, acting.reset)
+    *_, last_value = agent.step(acting.memory, acting.obs, acting.reset)
     # Where a time limit cut the episode: r' = r + gamma V(next_obs).
     rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
     advantages, returns = compute_gae(
@@ -559,8 +555,8 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs, reset, memory), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        memory, pi, _ = state.agent.step(memory, obs, reset)
-        clipped = jnp.clip(pi.mode(), env.action_low, env.action_high)
+        memory, mean, *_ = state.agent.step(memory, obs, reset)
+        clipped = jnp.clip(mean, env.action_low, env.action_high)
         env_state, timestep = env.step(env_key, env_state, clipped)
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

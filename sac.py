@@ -4,7 +4,6 @@
 #   "jax>=0.10,<0.12",
 #   "flax>=0.12.8,<0.13",
 #   "optax>=0.2.8,<0.3",
-#   "distrax>=0.1.9,<0.2",
 #   "flashbax>=0.1.3,<0.2",
 #   "gymnasium[box2d]>=1.3,<1.4",
 #   "gymnax>=1.0.1,<1.1",
@@ -64,7 +63,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import distrax
 import flashbax
 import jax
 import jax.numpy as jnp
@@ -75,6 +73,7 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import buffer_callback, io_callback
+from jax.scipy.stats import norm
 
 CALL_STEPS = 1  # each iteration is a call of its own, with a row of metrics.csv
 
@@ -237,12 +236,12 @@ class Actor(nnx.Module):
         self.mean = linear(args.actor_hidden_size, action_size, 0.01, rngs)
         self.log_std = linear(args.actor_hidden_size, action_size, 0.01, rngs)
 
-    def __call__(self, obs: Array) -> distrax.MultivariateNormalDiag:
-        """Observations [..., obs_size] -> distribution over [..., A]."""
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Observations [..., obs_size] -> mean and std, both [..., A]."""
         x = self.body(obs)
         share = 0.5 * (nnx.tanh(self.log_std(x)) + 1.0)
         log_std = LOG_STD_MIN + share * (LOG_STD_MAX - LOG_STD_MIN)
-        return distrax.MultivariateNormalDiag(self.mean(x), jnp.exp(log_std))
+        return self.mean(x), jnp.exp(log_std)
 
 
 class Critic(nnx.Module):
@@ -292,8 +291,9 @@ def squash(u: Array, logprob: Array) -> tuple[Array, Array]:
 
 def sample_action(actor: Actor, obs: Array, key: Array) -> tuple[Array, Array]:
     """Observations [M, obs_size] -> squashed actions [M, A] in [-1, 1], log-probs [M]."""
-    u, logprob = actor(obs).sample_and_log_prob(seed=key)
-    return squash(u, logprob)
+    mean, std = actor(obs)
+    u = mean + std * jax.random.normal(key, mean.shape)
+    return squash(u, norm.logpdf(u, mean, std).sum(axis=-1))
 
 
 def to_bounds(action: Array, env: "Env") -> Array:
@@ -554,7 +554,8 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     def act_and_step(carry):
         (env_state, obs), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        action = jnp.tanh(state.learner.actor(normalize(obs, state.obs_stats)).mean())
+        mean, _ = state.learner.actor(normalize(obs, state.obs_stats))
+        action = jnp.tanh(mean)
         env_state, timestep = env.step(env_key, env_state, to_bounds(action, env))
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive

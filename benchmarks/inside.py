@@ -179,8 +179,8 @@ def rollout_without_cache(agent, env, acting, key, num_steps: int):
 
     def act_and_step(acting, key):
         env_state, obs, reset, memory = acting
-        memory, pi, value = agent.step(memory, obs, reset)
-        action = jax.random.categorical(key, pi.logits)
+        memory, logprobs, value = agent.step(memory, obs, reset)
+        action = jax.random.categorical(key, logprobs)
         env_state, timestep = env.step(key, env_state, action)
         done = timestep.terminated | timestep.truncated
         return (env_state, timestep.obs, done, memory), (action, value)

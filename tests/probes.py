@@ -156,6 +156,18 @@ def train(name, args, env, num_iterations=None):
     return state, metrics
 
 
+def log_prob(pi, action):
+    """Of actions under [log-probs] or under [mean, std], as agents return them."""
+    if len(pi) == 1:
+        return (pi[0] * jax.nn.one_hot(action, pi[0].shape[-1])).sum(axis=-1)
+    mean, std = pi
+    return (-0.5 * ((action - mean) / std) ** 2 - jnp.log(std * (2 * jnp.pi) ** 0.5)).sum(axis=-1)
+
+
+def most_probable(pi):
+    return pi[0].argmax(axis=-1) if len(pi) == 1 else pi[0]
+
+
 def learn(name, env, num_iterations=60, **changes):
     """Trains the script on the probe -> Learned."""
     state, _ = train(name, small_args(name, num_iterations, **changes), env)
@@ -164,8 +176,8 @@ def learn(name, env, num_iterations=60, **changes):
         def unroll(obs, reset=None):  # one step after the other, in one environment
             reset = jnp.ones(len(obs), bool) if reset is None else reset
             memory = state.agent.initial_memory(1)
-            _, pi, value = state.agent.unroll(memory, obs[:, None], reset[:, None])
-            return pi.mode()[:, 0], value[:, 0]
+            _, *pi, value = state.agent.unroll(memory, obs[:, None], reset[:, None])
+            return most_probable(pi)[:, 0], value[:, 0]
 
         return Learned(state, lambda *x: unroll(*x)[1], lambda obs: unroll(obs)[0])
     if name in VALUE_BASED:
@@ -179,11 +191,11 @@ def learn(name, env, num_iterations=60, **changes):
         return Learned(state, values, lambda obs: state.learner.actor(obs).argmax(axis=-1))
     if name in ("sac", "td3"):
         actor = state.learner.actor
-        act = actor if name == "td3" else lambda obs: jnp.tanh(actor(obs).mean())
+        act = actor if name == "td3" else lambda obs: jnp.tanh(actor(obs)[0])
         value = lambda obs, reset=None: state.learner.critic(obs, act(obs)).min(axis=0)
         return Learned(state, value, act)
-    value = lambda obs, reset=None: state.agent(obs)[1]
-    return Learned(state, value, lambda obs: state.agent(obs)[0].mode())
+    value = lambda obs, reset=None: state.agent(obs)[-1]
+    return Learned(state, value, lambda obs: most_probable(state.agent(obs)[:-1]))
 
 
 def run_on_devices(count, *command, **options):
@@ -208,18 +220,18 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
     def act(obs, reset):
         nonlocal memory
         if name in MEMORY:
-            memory, pi, _ = state.agent.step(memory, obs, reset)
-            action = pi.mode()
+            memory, *pi, _ = state.agent.step(memory, obs, reset)
+            action = most_probable(pi)
         elif name in VALUE_BASED:
             return state.agent(obs).argmax(axis=-1)
         elif name == "sac":  # Pendulum's torque is in [-2, 2]
-            return 2.0 * jnp.tanh(state.learner.actor(obs).mean())
+            return 2.0 * jnp.tanh(state.learner.actor(obs)[0])
         elif name == "sacd":
             return state.learner.actor(obs).argmax(axis=-1)
         elif name == "td3":
             return 2.0 * state.learner.actor(obs)
         else:
-            action = state.agent(obs)[0].mode()
+            action = most_probable(state.agent(obs)[:-1])
         return jnp.clip(action, -2.0, 2.0) if name in CONTINUOUS else action
 
     return act

@@ -53,7 +53,7 @@ ORACLE = """
         ])
         join = lambda axis: lambda *x: jnp.concatenate(x, axis)
         batch, end = jax.tree.map(join(1), *batches), jax.tree.map(join(0), *ends)
-        last_value = state.agent.step(end.memory, end.obs, end.reset)[2]
+        last_value = state.agent.step(end.memory, end.obs, end.reset)[-1]
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
         data = ppo_trxl.compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from probes import make_train, quick, real_env, run_on_devices, small_args
+from probes import log_prob, make_train, quick, real_env, run_on_devices, small_args
 from test_on_policy import trajectory
 
 import impala
@@ -122,9 +122,10 @@ def test_advantages_are_normalised_before_they_are_weighted(norm_adv):
     is the better one, and pi plays it more than mu did."""
     args = small_args("impala", norm_adv=norm_adv, gamma=0.0, rho_bar=10.0, vtrace_lambda=0.0)
     agent, batch, last_obs = make_batch(args, real_env("impala"))
-    pi, value = agent(batch.obs)
+    logprobs, value = agent(batch.obs)
     mu = np.where(batch.action == 1, 0.4, 1.6)  # mu over pi
-    logprob, reward = pi.log_prob(batch.action) + np.log(mu), value - 1 + 0.1 * batch.action
+    logprob = log_prob([logprobs], batch.action) + np.log(mu)
+    reward = value - 1 + 0.1 * batch.action
     batch = batch._replace(logprob=logprob, reward=reward, cut=batch.cut & False)
     _, advantages, _ = impala.compute_targets(agent, batch, last_obs, args)
     unweighted = np.asarray(advantages * mu)
@@ -155,7 +156,7 @@ def test_minibatches_are_environments_over_their_whole_time(monkeypatch):
 
     agent, batch, _ = make_batch(args, real_env("impala"))
     numbers = jnp.arange(16.0)
-    batch = batch._replace(action=jnp.tile(numbers, (30, 1)))
+    batch = batch._replace(action=jnp.tile(numbers.astype(int), (30, 1)))
     monkeypatch.setattr(impala, "compute_targets", targets)
     tx = impala.optax.scale_by_adam()
     last_obs = jnp.tile(numbers[:, None], (1, 4))

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from probes import CONTINUOUS, DISTINCT, MEMORY, NUM_ENVS, learn, probe, quick, real_env, small_args
+from probes import (
+    CONTINUOUS,
+    DISTINCT,
+    MEMORY,
+    NUM_ENVS,
+    learn,
+    log_prob,
+    probe,
+    quick,
+    real_env,
+    small_args,
+)
 
 import ppo_gtrxl
 import ppo_lstm
@@ -37,11 +48,6 @@ def steps_of(name, seed=0, num_envs=5):
     return obs, jax.random.bernoulli(jax.random.key(seed + 1), 0.15, (NUM_STEPS, num_envs))
 
 
-def outputs(pi, value):
-    """The logits of the policy or its mean, and the value."""
-    return [pi.logits if hasattr(pi, "logits") else pi.mean(), value]
-
-
 def acting(script, agent, env, seed=0):
     """Where acting begins."""
     env_state, obs = env.reset(jax.random.key(seed))
@@ -49,25 +55,27 @@ def acting(script, agent, env, seed=0):
     return script.Acting(env_state, obs, reset, memory)
 
 
+compiled_unroll = jax.jit(lambda agent, *x: agent.unroll(*x))
+compiled_step = jax.jit(lambda agent, *x: agent.step(*x))
+
+
 def unroll(agent, memory, obs, reset, lengths):
     """Pieces of these lengths, each from the memory that the one before has left."""
     parts, start = [], 0
     for length in lengths:
         piece = slice(start, start + length)
-        memory, pi, value = jax.jit(lambda agent, *x: agent.unroll(*x))(
-            agent, memory, obs[piece], reset[piece]
-        )
-        parts.append(outputs(pi, value))
+        memory, *out = compiled_unroll(agent, memory, obs[piece], reset[piece])
+        parts.append([out[0], out[-1]])  # log-probs or means, and values
         start += length
     assert start == len(obs)
     return memory, [jnp.concatenate(x) for x in zip(*parts, strict=True)]
 
 
 def step_by_step(agent, memory, obs, reset):
-    step, parts = jax.jit(lambda agent, *x: agent.step(*x)), []
+    parts = []
     for x, r in zip(obs, reset, strict=True):
-        memory, pi, value = step(agent, memory, x, r)
-        parts.append(outputs(pi, value))
+        memory, *out = compiled_step(agent, memory, x, r)
+        parts.append([out[0], out[-1]])  # log-probs or means, and values
     return memory, [jnp.stack(x) for x in zip(*parts, strict=True)]
 
 
@@ -143,13 +151,13 @@ def test_the_ratio_is_1_before_the_first_update(name):
         after, batch = rollout(start, jax.random.key(seed))
         assert batch.done.sum() >= NUM_ENVS
         np.testing.assert_array_equal(batch.reset[1:], batch.done[:-1])
-        memory, pi, value = agent.unroll(start.memory, batch.obs, batch.reset)
-        assert jnp.abs(jnp.exp(pi.log_prob(batch.action) - batch.logprob) - 1).max() < 1e-4
+        memory, *pi, value = agent.unroll(start.memory, batch.obs, batch.reset)
+        assert jnp.abs(jnp.exp(log_prob(pi, batch.action) - batch.logprob) - 1).max() < 1e-4
         np.testing.assert_allclose(value, batch.value, atol=1e-4)
         assert_close(memory, after.memory, atol=1e-4)
         start = after
     _, following = script.rollout(agent, env, start, jax.random.key(3), 1)
-    last_value = agent.step(start.memory, start.obs, start.reset)[2]
+    last_value = agent.step(start.memory, start.obs, start.reset)[-1]
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-5)
 
 
@@ -268,7 +276,7 @@ def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
     changed = jax.tree.map(lambda x: 0.9 * x, agent)  # so that warming up makes a difference
     grad = jax.grad(rppo_continuous.ppo_loss, has_aux=True)
     burnt = grad(changed, memory, *data, args)[0]
-    warm, _, _ = changed.unroll(memory, data[0].obs[:3], data[0].reset[:3])
+    warm, *_ = changed.unroll(memory, data[0].obs[:3], data[0].reset[:3])
     rest = jax.tree.map(lambda x: x[3:], data)
     plain = dataclasses.replace(args, burn_in=0)
     assert_close(burnt, grad(changed, warm, *rest, plain)[0], atol=1e-6)
@@ -286,8 +294,8 @@ def test_sequences_begin_with_the_carry_of_their_first_step():
     assert_close(
         jax.tree.map(lambda x: x[NUM_ENVS:], memory), jax.tree.map(lambda x: x[8], batch.memory)
     )
-    _, pi, _ = agent.unroll(memory, cut.obs, cut.reset)
-    np.testing.assert_allclose(pi.log_prob(cut.action), cut.logprob, atol=1e-5)
+    _, *pi, _ = agent.unroll(memory, cut.obs, cut.reset)
+    np.testing.assert_allclose(log_prob(pi, cut.action), cut.logprob, atol=1e-5)
 
 
 def test_replaying_a_batch_with_the_same_agent_changes_nothing():
@@ -296,7 +304,7 @@ def test_replaying_a_batch_with_the_same_agent_changes_nothing():
     assert_close(rppo_continuous.replay(agent, batch, after), (batch, after))
     changed = jax.tree.map(lambda x: 0.9 * x, agent)
     fresh, _ = rppo_continuous.replay(changed, batch, after)
-    _, _, value = changed.unroll(jax.tree.map(lambda x: x[0], batch.memory), batch.obs, batch.reset)
+    *_, value = changed.unroll(jax.tree.map(lambda x: x[0], batch.memory), batch.obs, batch.reset)
     np.testing.assert_allclose(fresh.value, value, atol=1e-5)
     assert jnp.abs(fresh.value - batch.value).max() > 1e-3
 
@@ -380,14 +388,15 @@ def test_attention_is_the_paper_s_formula(encoding):
     np.testing.assert_allclose(inputs, ppo_trxl.norm(x), atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_no_gradient_flows_into_the_memory():
     agent = agent_of("ppo_trxl")
     obs, reset = steps_of("ppo_trxl")
-    memory, _, _ = agent.unroll(agent.initial_memory(5), obs, reset)
+    memory, *_ = agent.unroll(agent.initial_memory(5), obs, reset)
 
     def value_of_the_last(agent, obs):
-        memory, _, _ = agent.unroll(agent.initial_memory(5), obs[:-1], reset[:-1] & False)
-        return agent.step(memory, obs[-1], reset[-1] & False)[2].sum()
+        memory, *_ = agent.unroll(agent.initial_memory(5), obs[:-1], reset[:-1] & False)
+        return agent.step(memory, obs[-1], reset[-1] & False)[-1].sum()
 
     grads = jax.grad(value_of_the_last, argnums=1)(agent, obs)
     assert jnp.abs(grads[:-1]).max() == 0 and jnp.abs(grads[-1]).max() > 0
@@ -408,11 +417,11 @@ def test_bfloat16_computes_nearly_the_same_in_half_the_memory(encoding):
     agent = agent_of("ppo_trxl", positional_encoding=encoding)
     half = agent_of("ppo_trxl", positional_encoding=encoding, compute_dtype="bfloat16")
     obs, reset = steps_of("ppo_trxl")
-    memory, pi, value = agent.unroll(agent.initial_memory(5), obs, reset)
-    half_memory, half_pi, half_value = half.unroll(half.initial_memory(5), obs, reset)
+    memory, logprobs, value = agent.unroll(agent.initial_memory(5), obs, reset)
+    half_memory, half_logprobs, half_value = half.unroll(half.initial_memory(5), obs, reset)
     assert half_memory.inputs.dtype == jnp.bfloat16 and half_value.dtype == jnp.float32
     assert 1e-5 < jnp.abs(value - half_value).max() < 0.1
-    assert jnp.abs(pi.logits - half_pi.logits).max() < 0.1
+    assert jnp.abs(logprobs - half_logprobs).max() < 0.1
 
     # Products of the layers take bfloat16, those of encoder (1) and heads (2 x 3) float32.
     program = jax.make_jaxpr(half.unroll)(half.initial_memory(5), obs, reset)

@@ -126,9 +126,8 @@ def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
     env = short_cartpole(args)
     state = jax.jit(ppo.make_train(args, env)[0])(jax.random.key(0))
     obs = jax.random.normal(jax.random.key(1), (16, 4))
-    pi, value = state.agent(obs)
-    action = jnp.zeros(16, jnp.int32)
-    logprob = pi.log_prob(action) - jnp.log(1.5)
+    logprobs, value = state.agent(obs)
+    action, logprob = jnp.zeros(16, jnp.int32), logprobs[:, 0] - jnp.log(1.5)
     zeros = jnp.zeros(16)
     batch = ppo.Transition(obs, action, logprob, value, zeros, zeros == 1, zeros)
     grads = jax.grad(ppo.ppo_loss, has_aux=True)(
@@ -241,7 +240,7 @@ def test_the_policy_s_gradient_is_the_advantage_times_that_of_the_log_prob():
     args = small_args("a2c", ent_coef=0.0, vf_coef=0.0, norm_adv=False)
     agent, batch, advantages, returns = a2c_batch(args)
     grads = jax.grad(a2c.a2c_loss, has_aux=True)(agent, batch, advantages, returns, args)[0]
-    logprob = lambda agent, obs, action: agent(obs)[0].log_prob(action)
+    logprob = lambda agent, obs, action: agent(obs)[0][action]
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     each = jax.vmap(jax.grad(logprob), (None, 0, 0))(agent, flat(batch.obs), flat(batch.action))
     by_hand = jax.tree.map(
@@ -282,13 +281,14 @@ def test_the_policy_is_a_gaussian_whose_deviation_does_not_look_at_the_observati
     np.testing.assert_array_equal(agent.log_std[...], -0.5)
     agent.log_std[...] = jnp.array([0.3, -0.7])
     obs = jax.random.normal(jax.random.key(0), (5, 3))
-    pi, _ = agent(obs)
-    std = np.exp([0.3, -0.7])
-    np.testing.assert_allclose(pi.stddev(), np.tile(std, (5, 1)), rtol=1e-5)
-    action = jax.random.normal(jax.random.key(1), (5, 2))
-    expected = stats.norm.logpdf(action, pi.mean(), std).sum(axis=1)
-    np.testing.assert_allclose(pi.log_prob(action), expected, rtol=1e-4)
-    np.testing.assert_allclose(pi.entropy(), stats.norm.entropy(scale=std).sum(), rtol=1e-5)
+    mean, std, value = agent(obs)
+    np.testing.assert_allclose(std, np.exp([0.3, -0.7]), rtol=1e-5)
+    assert mean.shape == (5, 2) and value.shape == (5,)
+    args, zeros = small_args("ppo_continuous"), jnp.zeros(5)
+    batch = ppo_continuous.Transition(obs, mean, zeros, zeros, zeros, zeros == 1, zeros)
+    _, metrics = ppo_continuous.ppo_loss(agent, batch, zeros, zeros, args)
+    expected = stats.norm.entropy(scale=std).sum()
+    np.testing.assert_allclose(metrics["losses/entropy"], expected, rtol=1e-5)
 
 
 def wide_state(args, env):
@@ -314,7 +314,8 @@ def test_only_the_simulator_sees_clipped_actions():
     jax.effects_barrier()
     assert jnp.abs(batch.action).max() > 3.0
     np.testing.assert_array_equal(np.stack(seen), np.clip(batch.action, -2.0, 2.0))
-    logprob = state.agent(batch.obs)[0].log_prob(batch.action)
+    mean, std, _ = state.agent(batch.obs)
+    logprob = stats.norm.logpdf(batch.action, mean, std).sum(axis=-1)
     np.testing.assert_allclose(batch.logprob, logprob, atol=1e-5)
 
 
