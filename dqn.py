@@ -18,7 +18,8 @@
 """Deep Q-network, double by default, in one file.
 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518, algorithm
-1; van Hasselt et al. 2015, arXiv:1509.06461, eq. 4 (double Q-learning).
+1; van Hasselt et al. 2015, arXiv:1509.06461, eq. 4 (double Q-learning); Schaul et al. 2015,
+arXiv:1511.05952 (--prioritized-replay).
 
     python dqn.py                                               # CartPole-v1
     python dqn.py --num-seeds 8                                 # eight seeds in one program
@@ -93,6 +94,10 @@ class Args:
     target_network_frequency: int = 500  # environment steps between updates of the target network
     tau: float = 1.0  # how far such an update goes, 1 for a copy
     double_q: bool = True  # the online network chooses the action that the target network values
+    n_step: int = 1  # rewards in each target before the bootstrap
+    prioritized_replay: bool = False  # replay in proportion to the last error
+    priority_exponent: float = 0.6  # on that error: alpha of arXiv:1511.05952
+    priority_beta: float = 0.4  # how far weights correct for it at the start; at the end, wholly
     max_grad_norm: float | None = None  # largest global norm of a gradient, None: any
     start_e: float = 1.0  # epsilon at the start: the share of random actions
     end_e: float = 0.05  # epsilon at the end
@@ -132,10 +137,16 @@ def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_retu
 
 def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
-    counts = "num_seeds num_envs num_steps buffer_size batch_size train_frequency target_network_frequency hidden_sizes"
-    check_ranges(args, at_least_1=counts, at_most_1="gamma tau start_e end_e exploration_fraction")
-    if args.buffer_size < max(args.batch_size, args.num_envs):
-        fail("--buffer-size must hold a batch and a step of all environments")
+    counts = "num_seeds num_envs num_steps buffer_size batch_size train_frequency target_network_frequency hidden_sizes n_step"
+    check_ranges(
+        args,
+        at_least_1=counts,
+        at_most_1="gamma tau start_e end_e exploration_fraction priority_exponent priority_beta",
+    )
+    if args.buffer_size < max(args.batch_size, args.num_envs * args.n_step):
+        fail("--buffer-size must hold a batch and --n-step steps of all environments")
+    if args.learning_starts < args.num_envs * (args.n_step - 1):
+        fail("--learning-starts must be at least --num-envs x (--n-step - 1)")
     if args.num_iterations < 1:
         fail("--total-timesteps must be at least --num-envs x --num-steps")
     if args.learning_starts >= args.total_timesteps:
@@ -215,6 +226,7 @@ class Transition(NamedTuple):
     reward: Array  # [B]
     next_obs: Array  # [B, *obs_shape], where the action led, also where it ended the episode
     terminated: Array  # [B], the task ended: unlike a time limit, this cuts the bootstrap
+    done: Array  # [B], the episode ended: the rewards that follow are another's
 
 
 def epsilon_at(step: Array, args: Args) -> Array:
@@ -232,33 +244,86 @@ def epsilon_greedy(q_values: Array, epsilon: Array, key: Array) -> Array:
     return jnp.where(explore, random_action, q_values.argmax(axis=-1))
 
 
+# --- Replay ---------------------------------------------------------------------------------------
+
+
+def make_replay(args: Args) -> Any:
+    """Flashbax's buffer, from which n_step steps in a row are drawn: a part for each environment, in
+    which the oldest make room when it is full.
+    """
+    return flashbax.make_trajectory_buffer(
+        add_batch_size=args.num_envs,
+        sample_batch_size=args.batch_size,
+        sample_sequence_length=args.n_step,
+        period=1,
+        min_length_time_axis=args.n_step,
+        max_length_time_axis=args.buffer_size // args.num_envs,
+    )
+
+
+def enter(priorities: Array, buffer: Any, args: Args) -> Array:
+    """The priorities [num_envs, T] when the buffer takes in one step more: the steps that begin with
+    the one overwritten are gone, those that end with the new one are drawn as often as any.
+    """
+    end, length = buffer.current_index, priorities.shape[1]
+    highest, begin = jnp.maximum(priorities.max(), 1.0), (end - args.n_step + 1) % length
+    complete = buffer.is_full | (end >= args.n_step - 1)
+    return priorities.at[:, end].set(0.0).at[:, begin].set(jnp.where(complete, highest, 0.0))
+
+
+def sample(replay: Any, buffer: Any, priorities: Array | None, beta: Array, key: Array, args: Args):
+    """-> batch [M, n_step, ...], its positions, its weights [M] in the loss: uniform, or in proportion
+    to the priorities, with weights that correct for that (arXiv:1511.05952, section 3.4).
+
+    Flashbax's own prioritised buffer rounds, until it draws what was never stored (its issue 52).
+    """
+    if priorities is None:
+        return replay.sample(buffer, key).experience, None, 1.0
+    shares, length = priorities.ravel() / priorities.sum(), priorities.shape[1]
+    chosen = jax.random.choice(key, shares.size, (args.batch_size,), p=shares)
+    weights = ((shares > 0).sum() * shares[chosen]) ** -beta
+    envs, begin = chosen // length, chosen % length
+    times = (begin[:, None] + jnp.arange(args.n_step)) % length  # [M, n_step]
+    batch = jax.tree.map(lambda x: x[envs[:, None], times], buffer.experience)
+    return batch, (envs, begin), weights / weights.max()
+
+
 # --- Targets --------------------------------------------------------------------------------------
 
 
 def compute_targets(agent: Agent, target: Agent, batch: Transition, args: Args) -> Array:
-    """reward + gamma Q'(next_obs, a*), without the second term where the task ended -> [M].
+    """r_0 + gamma r_1 + ... + gamma^n Q'(next_obs, a*), where n is n_step, or less if the episode ends
+    before, and without the last term if the task ended -> [M].
 
     a* is the best action for the online network (double Q-learning, eq. 4) or for the target network.
     """
-    next_q = target(batch.next_obs)  # [M, A]
-    best = (agent(batch.next_obs) if args.double_q else next_q).argmax(axis=-1)  # [M]
+    ended_before = jnp.pad(batch.done[:, :-1], ((0, 0), (1, 0)))  # by the step before
+    counts = jnp.cumprod(~ended_before, axis=1)  # [M, n_step]
+    rewards = (args.gamma ** jnp.arange(args.n_step) * counts * batch.reward).sum(axis=1)
+    n = counts.sum(axis=1)
+    last = (jnp.arange(len(n)), n - 1)
+    next_obs, terminated = batch.next_obs[last], batch.terminated[last]
+    next_q = target(next_obs)  # [M, A]
+    best = (agent(next_obs) if args.double_q else next_q).argmax(axis=-1)  # [M]
     next_value = jnp.take_along_axis(next_q, best[:, None], axis=-1)[:, 0]  # [M]
-    return args.reward_scale * batch.reward + args.gamma * ~batch.terminated * next_value
+    return args.reward_scale * rewards + args.gamma**n * ~terminated * next_value
 
 
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def dqn_loss(agent: Agent, batch: Transition, targets: Array):
-    """Mean squared error of Q(obs, action) against targets [M].
+def dqn_loss(agent: Agent, batch: Transition, targets: Array, weights: Array | float):
+    """Weighted squared error of Q(obs, action) against targets [M] -> loss, (metrics, errors [M]).
 
     The paper clips the error to 1. Then the few ends of episodes are outvoted by the many steps that
     bootstrap, and on CartPole the values grow without bound.
     """
-    q_values = jnp.take_along_axis(agent(batch.obs), batch.action[:, None], axis=-1)[:, 0]  # [M]
-    assert q_values.shape == targets.shape == batch.reward.shape
-    loss = ((q_values - targets) ** 2).mean()
-    return loss, {"losses/td_loss": loss, "losses/q_values": q_values.mean()}
+    obs, action = batch.obs[:, 0], batch.action[:, :1]
+    q_values = jnp.take_along_axis(agent(obs), action, axis=-1)[:, 0]  # [M]
+    assert q_values.shape == targets.shape == batch.reward.shape[:1]
+    errors = q_values - targets
+    loss = (weights * errors**2).mean()
+    return loss, ({"losses/td_loss": loss, "losses/q_values": q_values.mean()}, errors)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -270,7 +335,8 @@ class TrainState(NamedTuple):
     agent: Agent
     target: Agent
     opt_state: optax.OptState
-    buffer: Any  # of Transition, [buffer_size, ...]
+    buffer: Any  # of Transition, [num_envs, buffer_size / num_envs, ...]
+    priorities: Array | None  # the same, 0 where no n_step steps begin
     acting: Acting
     episode_stats: "EpisodeStats"
     key: Array
@@ -290,12 +356,15 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args.hidden_sizes, nnx.Rngs(agent_key))
         acting = Acting(*env.reset(env_key))
         obs = acting.obs[0]
-        example = Transition(obs, jnp.int32(0), jnp.float32(0.0), obs, jnp.bool_(False))
+        end = jnp.bool_(False)
+        example = Transition(obs, jnp.int32(0), jnp.float32(0.0), obs, end, end)
+        length = args.buffer_size // args.num_envs
         return TrainState(
             agent=agent,
             target=jax.tree.map(jnp.copy, agent),
             opt_state=tx.init(agent),
             buffer=replay.init(example),
+            priorities=jnp.zeros((args.num_envs, length)) if args.prioritized_replay else None,
             acting=acting,
             episode_stats=EpisodeStats(jnp.zeros((args.num_envs, 2))),
             key=key,
@@ -318,11 +387,6 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     return init, train_iteration
 
 
-def make_replay(args: Args) -> Any:
-    """Flashbax's buffer of single transitions: when it is full, the oldest make room."""
-    return flashbax.make_item_buffer(args.buffer_size, 1, args.batch_size, add_batches=True)
-
-
 def updates_due(step: Array | int, args: Args) -> Array | int:
     """Gradient steps due after so many environment steps: one at each multiple of train_frequency
     beyond learning_starts. With several environments, some steps pass several multiples, or none.
@@ -339,42 +403,54 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, tx, args: Args):
     env_state, obs = state.acting
     action = epsilon_greedy(state.agent(obs), epsilon_at(state.step, args), action_key)
     env_state, timestep = env.step(env_key, env_state, action)
-    reward, next_obs, terminated = timestep.reward, timestep.next_obs, timestep.terminated
-    buffer = replay.add(state.buffer, Transition(obs, action, reward, next_obs, terminated))
+    next_obs, reward, terminated = timestep.next_obs, timestep.reward, timestep.terminated
+    done = terminated | timestep.truncated
+    transition = Transition(obs, action, reward, next_obs, terminated, done)
+    priorities = state.priorities
+    if priorities is not None:
+        priorities = enter(priorities, state.buffer, args)
+    buffer = replay.add(state.buffer, jax.tree.map(lambda x: x[:, None], transition))
 
     def gradient_step(number, carry):
-        *learner, sums = carry
-        batch = replay.sample(buffer, jax.random.fold_in(update_key, number)).experience
+        *learner, priorities, sums = carry
         # The schedules count environment steps: gradient step 0 is due at the first multiple of
         # train_frequency beyond learning_starts.
         due_at = (args.learning_starts // args.train_frequency + number + 1) * args.train_frequency
-        *learner, metrics = update(*learner, tx, batch, due_at, args)
-        return *learner, jax.tree.map(jnp.add, sums, metrics)
+        beta = args.priority_beta + (1.0 - args.priority_beta) * due_at / args.total_timesteps
+        key = jax.random.fold_in(update_key, number)
+        batch, positions, weights = sample(replay, buffer, priorities, beta, key, args)
+        *learner, metrics, errors = update(*learner, tx, batch, weights, due_at, args)
+        if priorities is not None:
+            priority = (jnp.abs(errors) + 1e-6) ** args.priority_exponent
+            priorities = priorities.at[positions].set(priority)
+        return *learner, priorities, jax.tree.map(jnp.add, sums, metrics)
 
     step = state.step + args.num_envs
     sums = dict.fromkeys(("losses/td_loss", "losses/q_values"), jnp.float32(0.0))
-    carry = (state.agent, state.target, state.opt_state, sums)
+    carry = (state.agent, state.target, state.opt_state, priorities, sums)
     due_before, due = updates_due(state.step, args), updates_due(step, args)
-    agent, target, opt_state, sums = jax.lax.fori_loop(due_before, due, gradient_step, carry)
+    carry = jax.lax.fori_loop(due_before, due, gradient_step, carry)
+    agent, target, opt_state, priorities, sums = carry
     state = state._replace(
         agent=agent,
         target=target,
         opt_state=opt_state,
         buffer=buffer,
+        priorities=priorities,
         acting=Acting(env_state, timestep.obs),
         key=key,
         step=step,
     )
-    return state, (reward, timestep.terminated | timestep.truncated, sums)
+    return state, (reward, done, sums)
 
 
-def update(agent, target, opt_state, tx, batch: Transition, step: Array, args: Args):
-    """A gradient step on a batch [M, ...] -> agent, target, opt_state, metrics.
+def update(agent, target, opt_state, tx, batch: Transition, weights, step: Array, args: Args):
+    """A gradient step on a batch [M, n_step, ...] -> agent, target, opt_state, metrics, errors [M].
 
     step: the environment steps after which it is due, on which step size and target depend.
     """
     targets = compute_targets(agent, target, batch, args)
-    grads, metrics = jax.grad(dqn_loss, has_aux=True)(agent, batch, targets)
+    grads, (metrics, errors) = jax.grad(dqn_loss, has_aux=True)(agent, batch, targets, weights)
     updates, opt_state = tx.update(grads, opt_state)
     learning_rate = args.learning_rate * (1.0 - step / args.total_timesteps * args.anneal_lr)
     agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
@@ -382,7 +458,7 @@ def update(agent, target, opt_state, tx, batch: Transition, step: Array, args: A
     frequency = args.target_network_frequency
     passed = step // frequency > (step - args.train_frequency) // frequency
     target = optax.incremental_update(agent, target, jnp.where(passed, args.tau, 0.0))
-    return agent, target, opt_state, metrics
+    return agent, target, opt_state, metrics, errors
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@
 """Soft actor-critic with automatic temperature, and SimBa's networks by flag, in one file.
 
 Haarnoja et al. 2018, arXiv:1812.05905 (critic: eq. 5-6, actor: eq. 9, temperature: eq. 18, squashed
-Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4).
+Gaussian: appendix C); Lee et al. 2024, arXiv:2410.09754 (SimBa: section 4); Fujimoto et al. 2020,
+arXiv:2007.06049 (--prioritized-replay, loss-adjusted: section 4).
 
     python sac.py                                                           # Pendulum-v1
     python sac.py --env-id envpool::HalfCheetah-v5 --total-timesteps 200000 --learning-starts 5000
@@ -73,6 +74,7 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import buffer_callback, io_callback
+from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import norm
 
 CALL_STEPS = 1  # each iteration is a call of its own, with a row of metrics.csv
@@ -93,8 +95,14 @@ class Args:
     anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
     weight_decay: float = 0.0  # AdamW's weight decay for actor and critics
     max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
+    monitor_gradients: bool = False  # log norms of gradients, parameters and updates
     gamma: float = 0.99  # discount factor
     buffer_size: int = 100_000  # transitions kept for replay
+    prioritized_replay: bool = False  # replay in proportion to the critics' last error
+    priority_exponent: float = 0.4  # on that error, which counts at least 1
+    linear_decay_sampling: bool = False  # replay new transitions more often than old ones
+    decay_steps: int = 100_000  # age at which a transition's share would reach 0
+    decay_floor: float = 0.1  # below this it does not fall
     batch_size: int = 256  # transitions in each gradient step
     learning_starts: int = 1_000  # environment steps, with random actions, before the first one
     updates_per_step: float = 1.0  # gradient steps for each environment step
@@ -143,10 +151,13 @@ def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_retu
 
 def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
-    counts = "num_seeds num_envs num_steps buffer_size batch_size num_critics"
+    counts = "num_seeds num_envs num_steps buffer_size decay_steps batch_size num_critics"
     counts += " actor_hidden_size critic_hidden_size actor_num_blocks critic_num_blocks"
     check_ranges(
-        args, at_least_1=counts, at_most_1="gamma tau", signed="target_return target_entropy_scale"
+        args,
+        at_least_1=counts,
+        at_most_1="gamma tau priority_exponent decay_floor",
+        signed="target_return target_entropy_scale",
     )
     if args.updates_per_step > 1_000:
         fail("--updates-per-step must be at most 1000")
@@ -333,6 +344,58 @@ def normalize(obs: Array, stats: RunningStats | None) -> Array:
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
+# --- Replay ---------------------------------------------------------------------------------------
+
+
+def make_replay(args: Args) -> Any:
+    """Flashbax's buffer of single transitions: when it is full, the oldest make room."""
+    return flashbax.make_item_buffer(args.buffer_size, 1, args.batch_size, add_batches=True)
+
+
+def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args: Args):
+    """-> batch [M, ...], its positions in the buffer [M]. Uniform, or by flag in proportion to
+    priority, to recency, or to their product.
+
+    Flashbax's own prioritised buffer rounds, until it draws what was never stored (its issue 52).
+    """
+    if not (args.prioritized_replay or args.linear_decay_sampling):
+        return replay.sample(buffer, key).experience, None
+    if args.prioritized_replay:
+        weights, ages = priorities, buffer.current_index - 1 - jnp.arange(len(priorities))
+        if args.linear_decay_sampling:
+            weights = weights * recency(ages % args.buffer_size, args)
+        positions = draw(weights, key, args.batch_size)
+    else:
+        size = jnp.where(buffer.is_full, args.buffer_size, buffer.current_index)
+        positions = (buffer.current_index - 1 - recent_ages(size, key, args)) % args.buffer_size
+    return jax.tree.map(lambda x: x[0, positions], buffer.experience), positions
+
+
+def draw(weights: Array, key: Array, number: int) -> Array:
+    """Positions in weights [N], in proportion to them: a row of 64 first, then one in it -> [number]."""
+    row_key, key = jax.random.split(key)
+    table = jnp.pad(weights, (0, -len(weights) % 64)).reshape(-1, 64)
+    rows = jax.random.choice(row_key, len(table), (number,), p=table.sum(axis=1))
+    choose = lambda key, row: jax.random.choice(key, 64, p=row)
+    return 64 * rows + jax.vmap(choose)(jax.random.split(key, number), table[rows])
+
+
+def recency(age: Array, args: Args) -> Array:
+    """How often a transition of this age is replayed, relative to the newest, of age 0."""
+    return jnp.maximum(args.decay_floor, 1.0 - age / args.decay_steps)
+
+
+def recent_ages(size: Array, key: Array, args: Args) -> Array:
+    """Ages below size in proportion to their recency: uniform numbers under its integral -> [M]."""
+    horizon, floor = args.decay_steps, args.decay_floor
+    falling = jnp.minimum(horizon * (1.0 - floor), size)  # younger ones are above the floor
+    area = falling - falling**2 / (2 * horizon)
+    u = jax.random.uniform(key, (args.batch_size,)) * (area + floor * (size - falling))
+    young = 2.0 * u / (1.0 + jnp.sqrt(jnp.maximum(1.0 - 2.0 * u / horizon, 0.0)))
+    age = jnp.where(u < area, young, falling + (u - area) / floor)
+    return jnp.minimum(age.astype(int), size - 1)
+
+
 # --- Targets --------------------------------------------------------------------------------------
 
 
@@ -350,11 +413,16 @@ def compute_targets(actor: Actor, target: Critic, alpha, batch: Transition, key,
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def critic_loss(critic: Critic, batch: Transition, targets: Array) -> tuple[Array, Array]:
-    """Squared error of every critic against the targets [M] (eq. 5) -> loss, mean value."""
-    q_values = critic(batch.obs, batch.action)  # [num_critics, M]
+def critic_loss(critic: Critic, batch: Transition, targets: Array, args: Args):
+    """Squared error of every critic against the targets [M] (eq. 5) -> loss, values [num_critics, M].
+
+    Replayed by priority, errors above 1 count linearly: they come more often instead
+    (arXiv:2007.06049, section 4).
+    """
+    q_values = critic(batch.obs, batch.action)
     assert q_values.shape[1:] == targets.shape == batch.reward.shape
-    return 0.5 * ((q_values - targets) ** 2).mean(axis=1).sum(), q_values.mean()
+    each = optax.huber_loss if args.prioritized_replay else optax.l2_loss  # half the square
+    return each(q_values - targets).mean(axis=1).sum(), q_values
 
 
 def actor_loss(actor: Actor, critic: Critic, alpha: Array, batch: Transition, key: Array):
@@ -389,6 +457,7 @@ class TrainState(NamedTuple):
     learner: Learner
     obs_stats: RunningStats | None
     buffer: Any  # of Transition, [buffer_size, ...]
+    priorities: Array | None  # [buffer_size], 0 where nothing is stored
     acting: Acting
     episode_stats: "EpisodeStats"
     key: Array
@@ -414,6 +483,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
             learner=Learner(actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, opt_states),
             obs_stats=init_running(env.obs_shape) if args.norm_obs else None,
             buffer=replay.init(example),
+            priorities=jnp.zeros(args.buffer_size) if args.prioritized_replay else None,
             acting=acting,
             episode_stats=EpisodeStats(jnp.zeros((args.num_envs, 2))),
             key=key,
@@ -451,11 +521,6 @@ def make_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     return {"actor": adamw(args.policy_lr), "critic": adamw(args.q_lr), "log_alpha": adam}
 
 
-def make_replay(args: Args) -> Any:
-    """Flashbax's buffer of single transitions: when it is full, the oldest make room."""
-    return flashbax.make_item_buffer(args.buffer_size, 1, args.batch_size, add_batches=True)
-
-
 def gradient_steps_due(step: Array, args: Args) -> Array:
     """Gradient steps due after so many environment steps, in all: the same for any num_envs."""
     ratio = Fraction(args.updates_per_step).limit_denominator(1_000)  # floats would lose count
@@ -477,26 +542,34 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: 
     action = jnp.where(state.step < args.learning_starts, random_action, action)
     env_state, timestep = env.step(env_key, env_state, to_bounds(action, env))
     reward, next_obs, terminated = timestep.reward, timestep.next_obs, timestep.terminated
-    buffer = replay.add(state.buffer, Transition(obs, action, reward, next_obs, terminated))
+    buffer, priorities = state.buffer, state.priorities
+    if priorities is not None:  # new ones are drawn as often as any
+        new = (buffer.current_index + jnp.arange(args.num_envs)) % args.buffer_size
+        priorities = priorities.at[new].set(jnp.maximum(priorities.max(), 1.0))
+    buffer = replay.add(buffer, Transition(obs, action, reward, next_obs, terminated))
 
     def gradient_step(number, carry):
-        learner, sums = carry
+        learner, priorities, sums = carry
         sample_key, loss_key = jax.random.split(jax.random.fold_in(update_key, number))
-        batch = replay.sample(buffer, sample_key).experience
+        batch, positions = sample(replay, buffer, priorities, sample_key, args)
         obs, next_obs = normalize(batch.obs, obs_stats), normalize(batch.next_obs, obs_stats)
         batch = batch._replace(obs=obs, next_obs=next_obs)
-        learner, metrics = update(learner, txs, batch, loss_key, args)
-        return learner, jax.tree.map(jnp.add, sums, metrics)
+        learner, metrics, errors = update(learner, txs, batch, loss_key, args)
+        if priorities is not None:
+            priority = jnp.maximum(errors**args.priority_exponent, 1.0)
+            priorities = priorities.at[positions].set(priority)
+        return learner, priorities, jax.tree.map(jnp.add, sums, metrics)
 
     step = state.step + args.num_envs
-    names = ("qf_loss", "qf_values", "actor_loss", "entropy", "alpha")
-    sums = {f"losses/{name}": jnp.float32(0.0) for name in names}
+    sums = dict.fromkeys(metric_names(args), jnp.float32(0.0))
     due_before, due = gradient_steps_due(state.step, args), gradient_steps_due(step, args)
-    learner, sums = jax.lax.fori_loop(due_before, due, gradient_step, (state.learner, sums))
+    carry = (state.learner, priorities, sums)
+    learner, priorities, sums = jax.lax.fori_loop(due_before, due, gradient_step, carry)
     state = state._replace(
         learner=learner,
         obs_stats=obs_stats,
         buffer=buffer,
+        priorities=priorities,
         acting=Acting(env_state, timestep.obs),
         key=key,
         step=step,
@@ -505,37 +578,61 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, txs: dict, args: 
 
 
 def update(learner: Learner, txs: dict, batch: Transition, key: Array, args: Args):
-    """A gradient step of critics, actor and temperature on a batch [M, ...] -> learner, metrics."""
+    """A gradient step of critics, actor and temperature on a batch [M, ...] -> learner, metrics, the
+    larger of the critics' errors [M].
+    """
     target_key, actor_key = jax.random.split(key)
     actor, critic, log_alpha = learner.actor, learner.critic, learner.log_alpha
     alpha, opt_states = jnp.exp(log_alpha), learner.opt_states
 
     def descend(name, part, grads):
         updates, opt_state = txs[name].update(grads, opt_states[name], part)
-        return optax.apply_updates(part, updates), opt_state
+        seen = monitor(name, part, grads, updates, args) if args.monitor_gradients else {}
+        return optax.apply_updates(part, updates), opt_state, seen
 
     targets = compute_targets(actor, learner.target, alpha, batch, target_key, args)
     value_and_grad = partial(jax.value_and_grad, has_aux=True)
-    (qf_loss, qf_values), grads = value_and_grad(critic_loss)(critic, batch, targets)
-    critic, critic_opt = descend("critic", critic, grads)
+    (qf_loss, q_values), grads = value_and_grad(critic_loss)(critic, batch, targets, args)
+    critic, critic_opt, critic_seen = descend("critic", critic, grads)
     (pg_loss, entropy), grads = value_and_grad(actor_loss)(actor, critic, alpha, batch, actor_key)
-    actor, actor_opt = descend("actor", actor, grads)
+    actor, actor_opt, actor_seen = descend("actor", actor, grads)
     target_entropy = -args.target_entropy_scale * batch.action.shape[-1]
     alpha_opt = opt_states["log_alpha"]
     if args.autotune:
         grads = jax.grad(alpha_loss)(log_alpha, entropy, target_entropy)
-        log_alpha, alpha_opt = descend("log_alpha", log_alpha, grads)
+        log_alpha, alpha_opt, _ = descend("log_alpha", log_alpha, grads)
 
     target = optax.incremental_update(critic, learner.target, args.tau)
     opt_states = {"actor": actor_opt, "critic": critic_opt, "log_alpha": alpha_opt}
     metrics = {
         "losses/qf_loss": qf_loss,
-        "losses/qf_values": qf_values,
+        "losses/qf_values": q_values.mean(),
         "losses/actor_loss": pg_loss,
         "losses/entropy": entropy,
         "losses/alpha": alpha,
     }
-    return Learner(actor, critic, target, log_alpha, opt_states), metrics
+    errors = jnp.abs(q_values - targets).max(axis=0)
+    learner = Learner(actor, critic, target, log_alpha, opt_states)
+    return learner, metrics | actor_seen | critic_seen, errors
+
+
+MONITORED = ("norm", "param_norm", "update_ratio", "near_zero", "clipped")
+
+
+def metric_names(args: Args) -> list[str]:
+    """Of what `update` measures."""
+    losses = [f"losses/{x}" for x in ("qf_loss", "qf_values", "actor_loss", "entropy", "alpha")]
+    networks = ("actor", "critic") if args.monitor_gradients else ()
+    return losses + [f"gradients/{x}_{y}" for x, y in product(networks, MONITORED)]
+
+
+def monitor(name: str, part: Any, grads: Any, updates: Any, args: Args) -> dict[str, Array]:
+    """What --monitor-gradients logs of a network's gradient step, in the order of MONITORED."""
+    norm, size = optax.tree.norm(grads), optax.tree.norm(part)
+    below = jnp.abs(ravel_pytree(grads)[0]) < 1e-8  # Adam's epsilon: such entries hardly move
+    clipped = norm > (jnp.inf if args.max_grad_norm is None else args.max_grad_norm)
+    values = (norm, size, optax.tree.norm(updates) / size, below.mean(), clipped.astype(float))
+    return {f"gradients/{name}_{x}": y for x, y in zip(MONITORED, values, strict=True)}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from record import ROOT, parse_tasks, read
-from tasks import CHAIN_SCRIPTS, LENGTHS, MEMORY, RESULTS
+from tasks import CHAIN_SCRIPTS, FAULT_STEPS, LENGTHS, MEMORY, MINATAR, RESULTS
 
 sys.path.insert(0, str(ROOT))
 from plot import COLORS, Curve, summarize
@@ -93,8 +93,29 @@ def growth() -> Figure:
     return figure
 
 
+def pqn_fault() -> Figure:
+    """With the right targets and with the published ones: means, and their standard errors."""
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    for axes, game in zip(figure.subplots(1, len(MINATAR)), MINATAR, strict=True):
+        rows = read(f"pqn_fault_{game.lower()}")
+        for name, color in zip(("right", "published"), COLORS, strict=False):
+            own = [row["curve"].split() for row in rows if row["targets"] == name]
+            curves = np.array(own, float)
+            steps = np.linspace(0, FAULT_STEPS, curves.shape[1] + 1)[1:]
+            mean, error = curves.mean(axis=0), curves.std(axis=0, ddof=1) / len(curves) ** 0.5
+            axes.plot(steps, mean, color=color, label=f"{name} targets, {len(curves)} seeds")
+            axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.25, lw=0)
+        axes.set_title(f"{game}-MinAtar", fontsize=9)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("return", fontsize=9)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
 FIGURES = {"learning_curves": (learning_curves, 110), "memory_length": (memory_length, 130)}
-FIGURES |= {"growth": (growth, 110)}  # name: drawn by, dots per inch
+FIGURES |= {"growth": (growth, 110), "pqn_fault": (pqn_fault, 110)}  # name: drawn by, dots per inch
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Each task has a process of its own, prints Markdown and writes benchmarks/results/<task>.csv.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 from statistics import median
 
 from peers import our_script, our_training
-from record import parse_tasks, run_script, show, write
+from record import metrics_of, parse_tasks, run_script, show, write
+from tasks import FAULT_STEPS, MINATAR
 from tasks import TASKS as SCORED
 
 ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5}
@@ -219,14 +221,43 @@ def training_speed() -> float:
     return float(run.metrics[-1]["charts/SPS"])
 
 
-TASKS = {
-    function.__name__: function
-    for function in (where_time_goes, growth, trxl_speed, halfcheetah_speed)
-}
+def pqn_fault(game: str) -> Iterator[dict]:
+    """Ten seeds of pqn.py in one program, with its targets and with those of the published
+    implementations, in which the last but one step of a rollout bootstraps from the observation after
+    the last (purejaxql, issue 12). curve: training returns at equal distances."""
+    import numpy as np
+
+    pqn = our_script("pqn")
+    right = pqn.compute_lambda_returns
+
+    def published(rewards, values, dones, last_value, *rest):
+        return right(rewards, values.at[-1].set(last_value), dones, last_value, *rest)
+
+    for name, targets in {"right": right, "published": published}.items():
+        pqn.compute_lambda_returns = targets
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir, env_id = Path(folder) / "run", f"gymnax::{game}-MinAtar"
+            args = pqn.Args(env_id, num_seeds=10, total_timesteps=FAULT_STEPS, run_dir=run_dir)
+            pqn.main(args)
+            evaluation = json.loads((run_dir / "evaluation.json").read_text())["seeds"]
+            metrics = metrics_of(run_dir)
+        for result in evaluation:
+            own = [row for row in metrics if int(row["seed"]) == result["seed"]]
+            steps, returns = np.array(
+                [(float(row["step"]), float(row["charts/episodic_return"])) for row in own]
+            ).T
+            curve = np.interp(np.linspace(0, FAULT_STEPS, 101)[1:], steps, np.nan_to_num(returns))
+            row = {"targets": name, "seed": result["seed"], "score": round(result["mean"], 2)}
+            yield row | {"curve": " ".join(f"{x:.2f}" for x in curve)}
+
+
+FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed)
+TASKS = {function.__name__: function for function in FUNCTIONS}
+TASKS |= {f"pqn_fault_{game.lower()}": partial(pqn_fault, game) for game in MINATAR}
 
 
 def parse(words: list[str]) -> list[str]:
-    about = "\n\n".join(f"{name}: {getdoc(task)}" for name, task in TASKS.items())
+    about = "\n\n".join(f"{x.__name__}: {getdoc(x)}" for x in (*FUNCTIONS, pqn_fault))
     return parse_tasks(f"{__doc__}\n{about}", TASKS, words).tasks
 
 

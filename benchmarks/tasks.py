@@ -8,6 +8,8 @@ import shlex
 from typing import NamedTuple
 
 ONE, SIX, TEN = range(1, 2), range(1, 7), range(1, 11)
+MINATAR = ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
+FAULT_STEPS = 1_000_000  # of each run of pqn_fault
 
 
 class Task(NamedTuple):

@@ -34,14 +34,17 @@ SHORT_RUNS = {
     "ppo": SHORT,
     "a2c": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32",
     "ppo_continuous": "--num-envs 16 --num-steps 32 --num-minibatches 4 --norm-obs --norm-reward",
-    "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 --max-grad-norm 10",
+    "dqn": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 --max-grad-norm 10 "
+    "--n-step 3 --prioritized-replay",
     "sac": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
-    "--updates-per-step .05 --block-type simba --norm-obs --actor-hidden-size 16 --critic-hidden-size 16",
+    "--updates-per-step .05 --block-type simba --norm-obs --actor-hidden-size 16 --critic-hidden-size 16 "
+    "--prioritized-replay --linear-decay-sampling --monitor-gradients --decay-steps 500",
     "sacd": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
     "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --q-clip .5 "
     "--aggregate mean --no-critic-entropy",
     "td3": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
-    "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --norm-obs --anneal-lr",
+    "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --norm-obs --anneal-lr "
+    "--linear-decay-sampling --monitor-gradients --max-grad-norm 1",
     "pqn": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4",
     "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",

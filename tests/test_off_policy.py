@@ -30,11 +30,12 @@ class Table(nnx.Module):
 
 # Three transitions: an ordinary one, a time limit, the end of the task.
 DQN_BATCH = dqn.Transition(
-    obs=jnp.array([[0.0], [1.0], [2.0]]),
-    action=jnp.array([0, 1, 1]),
-    reward=jnp.array([1.0, 2.0, 4.0]),
-    next_obs=jnp.array([[1.0], [2.0], [0.0]]),
-    terminated=jnp.array([False, False, True]),  # the second was cut by a limit: not terminated
+    obs=jnp.array([[[0.0]], [[1.0]], [[2.0]]]),
+    action=jnp.array([[0], [1], [1]]),
+    reward=jnp.array([[1.0], [2.0], [4.0]]),
+    next_obs=jnp.array([[[1.0]], [[2.0]], [[0.0]]]),
+    terminated=jnp.array([[False], [False], [True]]),  # the second was cut by a limit
+    done=jnp.array([[False], [True], [True]]),
 )
 ONLINE = Table([[9.0, 1.0], [3.0, 7.0], [8.0, 2.0]])
 TARGET = Table([[5.0, 6.0], [10.0, 20.0], [30.0, 40.0]])
@@ -52,10 +53,11 @@ def test_dqn_s_targets_against_a_buffer_computed_by_hand(double_q, next_values):
 
 
 def test_dqn_s_loss_is_the_squared_error_of_the_chosen_actions():
-    loss, metrics = dqn.dqn_loss(ONLINE, DQN_BATCH, jnp.array([10.0, 7.0, 0.0]))
+    targets = jnp.array([10.0, 7.0, 0.0])
+    loss, (metrics, _) = dqn.dqn_loss(ONLINE, DQN_BATCH, targets, 1.0)
     np.testing.assert_allclose(loss, (1.0**2 + 0.0**2 + 2.0**2) / 3)  # Q: 9, 7, 2
     np.testing.assert_allclose(metrics["losses/q_values"], 6.0)
-    grads = jax.grad(lambda agent: dqn.dqn_loss(agent, DQN_BATCH, jnp.array([10.0, 7.0, 0.0]))[0])
+    grads = jax.grad(lambda agent: dqn.dqn_loss(agent, DQN_BATCH, targets, 1.0)[0])
     np.testing.assert_allclose(
         grads(ONLINE).rows[...], [[-2 / 3, 0], [0, 0], [0, 4 / 3]], rtol=1e-6
     )
@@ -63,7 +65,7 @@ def test_dqn_s_loss_is_the_squared_error_of_the_chosen_actions():
 
 def test_dqn_s_loss_refuses_shapes_that_would_broadcast():
     with pytest.raises(AssertionError):
-        dqn.dqn_loss(ONLINE, DQN_BATCH, jnp.zeros((3, 1)))
+        dqn.dqn_loss(ONLINE, DQN_BATCH, jnp.zeros((3, 1)), 1.0)
 
 
 # --- Schedules ------------------------------------------------------------------------------------
@@ -92,15 +94,15 @@ def test_schedules_do_not_depend_on_the_number_of_environments(
     tx, replay, events = optax.scale_by_adam(), dqn.make_replay(args), []
     real_update = dqn.update
 
-    def update(agent, target, opt_state, tx, batch, due_at, args):
+    def update(agent, target, opt_state, tx, batch, weights, due_at, args):
         old = target
-        agent, target, opt_state, metrics = real_update(
-            agent, target, opt_state, tx, batch, due_at, args
+        agent, target, opt_state, *rest = real_update(
+            agent, target, opt_state, tx, batch, weights, due_at, args
         )
         copied = jnp.any(target.head.kernel[...] != old.head.kernel[...])
         same = jnp.all(target.head.kernel[...] == agent.head.kernel[...])
         jax.debug.callback(lambda *x: events.append(x), due_at, copied, same, ordered=True)
-        return agent, target, opt_state, metrics
+        return agent, target, opt_state, *rest
 
     monkeypatch.setattr(dqn, "update", update)
     state = jax.jit(dqn.make_train(args, env)[0])(jax.random.key(0))
@@ -149,7 +151,8 @@ def test_replay_holds_the_last_steps_also_after_it_wrapped_around():
     def step(key, env_state, action):
         obs = env_state[1]
         env_state, timestep = env.step(key, env_state[0], action)
-        row = (obs, action, timestep.reward, timestep.next_obs, timestep.terminated)
+        ends = (timestep.terminated, timestep.terminated | timestep.truncated)
+        row = (obs, action, timestep.reward, timestep.next_obs, *ends)
         jax.debug.callback(lambda *x: kept.extend(zip(*x, strict=True)), *row, ordered=True)
         return (env_state, timestep.obs), timestep
 
@@ -163,16 +166,16 @@ def test_replay_holds_the_last_steps_also_after_it_wrapped_around():
         state, _ = train_iteration(state)
     jax.effects_barrier()
     assert len(kept) == 120
-    stored = jax.tree.map(lambda x: np.asarray(x[0]), state.buffer.experience)
+    stored = jax.tree.map(lambda x: np.concatenate(x), state.buffer.experience)
     rows = lambda items: sorted(tuple(np.concatenate([np.ravel(x) for x in row])) for row in items)
-    assert rows(zip(*stored, strict=True)) == rows(kept[-50:])
+    assert rows(zip(*stored, strict=True)) == rows(kept[-48:])
     assert any(not np.array_equal(row[3], nxt[0]) for row, nxt in zip(kept, kept[3:], strict=False))
 
     sample = dqn.make_replay(args).sample
     seen = {
         float(x)
         for k in range(100)
-        for x in sample(state.buffer, jax.random.key(k)).experience.obs[:, 0]
+        for x in sample(state.buffer, jax.random.key(k)).experience.obs[:, 0, 0]
     }
     assert seen == {float(x) for x in stored.obs[:, 0]}
 
@@ -265,17 +268,19 @@ def test_sac_s_targets_against_a_buffer_computed_by_hand():
 
 
 def test_critic_loss_is_the_squared_error_of_both():
-    loss, mean = sac.critic_loss(LinearCritics([3.0, 5.0]), SAC_BATCH, jnp.array([1.0, 4.0, 10.0]))
+    loss, q_values = sac.critic_loss(
+        LinearCritics([3.0, 5.0]), SAC_BATCH, jnp.array([1.0, 4.0, 10.0]), sac.Args()
+    )
     values = np.array([[1.0, 5.0, 9.0], [1.0, 7.0, 13.0]])
     np.testing.assert_allclose(loss, 0.5 * ((values - [1.0, 4.0, 10.0]) ** 2).mean(axis=1).sum())
-    np.testing.assert_allclose(mean, values.mean())
+    np.testing.assert_allclose(q_values, values)
 
 
 def test_the_losses_refuse_shapes_that_would_broadcast():
     """Targets or log-probs [M, 1] against values [M] would make [M, M], the commonest bug of SAC."""
     critic = LinearCritics([3.0, 5.0])
     with pytest.raises(AssertionError):
-        sac.critic_loss(critic, SAC_BATCH, jnp.zeros((3, 1)))
+        sac.critic_loss(critic, SAC_BATCH, jnp.zeros((3, 1)), sac.Args())
     column = lambda obs, action: critic(obs, action)[..., None]
     with pytest.raises(AssertionError):
         sac.actor_loss(FixedActor(), column, 0.1, SAC_BATCH, jax.random.key(0))
