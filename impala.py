@@ -76,6 +76,7 @@ from jax.experimental import buffer_callback, io_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +267,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
         transition = Transition(obs, action, logprob, timestep.reward, done, cut, timestep.next_obs)
         return Acting(env_state, timestep.obs), transition
 
-    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys), unroll=2)
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -307,9 +308,7 @@ def compute_vtrace(
         return change, change
 
     start = jnp.zeros_like(last_value)
-    _, changes = jax.lax.scan(
-        backward, start, (rhos * errors, discounts, cs), reverse=True, unroll=8
-    )
+    _, changes = jax.lax.scan(backward, start, (rhos * errors, discounts, cs), reverse=True)
     next_changes = jnp.concatenate([changes[1:], start[None]])
     return values + changes, errors + vtrace_lambda * discounts * next_changes
 
@@ -958,7 +957,7 @@ def main(args: Args) -> Path:
         # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
         init = partial(jax.lax.map, init)
         actors, learner = [jax.vmap(actor) for actor in actors], jax.vmap(learner)
-    state = jax.jit(init)(key)
+    state = jax.jit(init, compiler_options=IN_HASTE)(key)
     if args.resume:
         state = load_checkpoint(run_dir, state, envs[0].hosted)
     with noted_signals(run_dir) as caught:

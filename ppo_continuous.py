@@ -73,6 +73,7 @@ from jax.experimental import buffer_callback, io_callback
 from jax.scipy.stats import norm
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +261,7 @@ def rollout(policy: Callable, env: "Env", acting: Acting, key: Array, num_steps:
         transition = Transition(obs, action, logprob, value, timestep.reward, done, final_value)
         return Acting(env_state, timestep.obs, discounted), transition
 
-    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys), unroll=2)
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
         return advantage, advantage
 
     start = jnp.zeros_like(last_value)
-    _, advantages = jax.lax.scan(backward, start, (deltas, dones), reverse=True, unroll=8)
+    _, advantages = jax.lax.scan(backward, start, (deltas, dones), reverse=True)
     return advantages, advantages + values
 
 
@@ -845,7 +846,7 @@ def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tu
         return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
 
     with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
-        state = pool.submit(jax.jit(init), key)
+        state = pool.submit(jax.jit(init, compiler_options=IN_HASTE), key)
         train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
     return state.result(), train
 

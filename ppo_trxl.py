@@ -72,6 +72,7 @@ from jax import Array
 from jax.experimental import buffer_callback, io_callback
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -500,7 +501,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
 
     memory, keys = acting.memory, (action_keys, env_keys)
     acting = acting._replace(memory=agent.open_cache(memory))
-    acting, batch = jax.lax.scan(act_and_step, acting, keys, unroll=2)
+    acting, batch = jax.lax.scan(act_and_step, acting, keys)
     memory = memory.append(batch.inputs.swapaxes(0, 1), acting.memory.age)
     return acting._replace(memory=memory), batch
 
@@ -523,7 +524,7 @@ def compute_gae(rewards, values, dones, last_value, gamma: float, gae_lambda: fl
         return advantage, advantage
 
     start = jnp.zeros_like(last_value)
-    _, advantages = jax.lax.scan(backward, start, (deltas, dones), reverse=True, unroll=8)
+    _, advantages = jax.lax.scan(backward, start, (deltas, dones), reverse=True)
     return advantages, advantages + values
 
 
@@ -1053,7 +1054,7 @@ def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tu
         return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
 
     with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
-        state = pool.submit(jax.jit(init), key)
+        state = pool.submit(jax.jit(init, compiler_options=IN_HASTE), key)
         train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
     return state.result(), train
 

@@ -69,6 +69,7 @@ from jax import Array
 from jax.experimental import buffer_callback, io_callback
 
 CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +253,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, epsilon: Array, key: Array
         transition = Transition(obs, action, value, timestep.reward, done, final_value)
         return Acting(env_state, timestep.obs), transition
 
-    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys), unroll=2)
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
 
 
 # --- Targets --------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def compute_lambda_returns(rewards, values, dones, last_value, gamma: float, q_l
         return target, target
 
     steps = (rewards, next_values, dones)
-    return jax.lax.scan(backward, last_value, steps, reverse=True, unroll=8)[1]
+    return jax.lax.scan(backward, last_value, steps, reverse=True)[1]
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -739,7 +740,7 @@ def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tu
         return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
 
     with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
-        state = pool.submit(jax.jit(init), key)
+        state = pool.submit(jax.jit(init, compiler_options=IN_HASTE), key)
         train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
     return state.result(), train
 

@@ -78,6 +78,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import norm
 
 CALL_STEPS = 1  # each iteration is a call of its own, with a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1014,7 +1015,7 @@ def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tu
         return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
 
     with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
-        state = pool.submit(jax.jit(init), key)
+        state = pool.submit(jax.jit(init, compiler_options=IN_HASTE), key)
         train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
     return state.result(), train
 

@@ -84,8 +84,9 @@ def assert_close(one, other, **tolerance):
         np.testing.assert_allclose(x, y, **({"atol": 2e-5, "rtol": 1e-4} | tolerance))
 
 
-VARIANTS = [(name, {}) for name in MEMORY]  # the others are for --thorough
-OTHERS = [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
+VARIANTS = [(name, {}) for name in MEMORY if name != "ppo_gtrxl"]  # the others are for --thorough
+OTHERS = [("ppo_gtrxl", {})]
+OTHERS += [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
 OTHERS += [("ppo_trxl", {"num_layers": 1, "num_heads": 1, "memory_length": 1})]
 VARIANTS += [pytest.param(*variant, marks=pytest.mark.thorough) for variant in OTHERS]
 

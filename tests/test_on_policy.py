@@ -136,6 +136,7 @@ def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
     assert (max(jnp.abs(x).max() for x in jax.tree.leaves(grads)) > 1e-4) == moves
 
 
+@pytest.mark.thorough
 def test_target_kl_ends_the_epochs_early():
     def last_kl(target_kl):
         args = ppo_args(update_epochs=20, target_kl=target_kl, learning_rate=0.01)

@@ -278,7 +278,8 @@ def test_a_discounted_reward_is_learned_with_every_flag(name):
     np.testing.assert_allclose(values, [0.64, 0.8, 1.0], atol=0.1)
 
 
-@pytest.mark.parametrize("name", quick(["sac", "td3"], "sac"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["sac", "td3"])
 def test_monitored_gradients_are_what_was_done(name, monkeypatch):
     """Norms of gradient, parameters and update, measured from outside, with one gradient step in each
     row; and training is the same with and without the monitor."""

@@ -92,6 +92,7 @@ def draw(*flags, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.thorough
 def test_the_picture_has_a_row_for_each_task_and_names_each_line(tmp_path):
     make_run(tmp_path / "a", seeds=(1, 2))
     make_run(tmp_path / "b", script="dqn.py", task="gymnax::Acrobot-v1")
