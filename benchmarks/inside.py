@@ -22,7 +22,9 @@ from record import metrics_of, parse_tasks, run_script, show, write
 from tasks import FAULT_STEPS, MINATAR
 from tasks import TASKS as SCORED
 
-ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5}
+ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5, "replay_speed": 5}
+REPLAY_FLAGS = ("prioritized_replay", "linear_decay_sampling", "monitor_gradients")
+REPLAY_CASES = {"none": ()} | {flag: (flag,) for flag in REPLAY_FLAGS} | {"all": REPLAY_FLAGS}
 TRXL = {"env_kwargs": '{"memory_length": 5}', "num_envs": 512, "num_steps": 128}
 TRXL |= {"memory_length": 128, "window_length": 64, "num_layers": 2, "num_heads": 8}
 TRXL |= {"embed_dim": 256, "num_minibatches": 8, "update_epochs": 4, "total_timesteps": 10**7}
@@ -251,7 +253,25 @@ def pqn_fault(game: str) -> Iterator[dict]:
             yield row | {"curve": " ".join(f"{x:.2f}" for x in curve)}
 
 
-FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed)
+def replay_speed() -> Iterator[dict]:
+    """What the replay and monitoring flags of sac.py cost: gradient steps/s on Pendulum-v1, in turns."""
+    sac, trains = our_script("sac"), {}
+    for size in (100_000, 1_000_000):
+        for case, flags in REPLAY_CASES.items():
+            args = sac.Args(buffer_size=size, **dict.fromkeys(flags, True))
+            train, state = our_training(sac, args)
+            trains[size, case] = train, train(state, 6)  # the first 1,000 steps are random
+    for number in range(ROUNDS["replay_speed"]):
+        for (size, case), (train, state) in trains.items():
+            start = time.perf_counter()
+            state = train(state, 5)  # of 200 gradient steps each
+            int(state.iteration)
+            seconds, trains[size, case] = time.perf_counter() - start, (train, state)
+            row = {"buffer_size": size, "flags": case, "round": number}
+            yield row | {"gradient_steps_per_second": round(1_000 / seconds)}
+
+
+FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed, replay_speed)
 TASKS = {function.__name__: function for function in FUNCTIONS}
 TASKS |= {f"pqn_fault_{game.lower()}": partial(pqn_fault, game) for game in MINATAR}
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rlax
 from flax import nnx
 from probes import probe, quick, real_env, small_args, train
 
@@ -50,6 +51,23 @@ def test_dqn_s_targets_against_a_buffer_computed_by_hand(double_q, next_values):
     targets = dqn.compute_targets(ONLINE, TARGET, DQN_BATCH, args)
     by_hand = [3.0 * 1.0 + 0.5 * next_values[0], 3.0 * 2.0 + 0.5 * next_values[1], 3.0 * 4.0]
     np.testing.assert_allclose(targets, by_hand)
+
+
+def test_dqn_s_errors_are_those_of_rlax_s_double_q_learning():
+    rng = np.random.default_rng(0)
+    online, target = Table(rng.normal(size=(9, 4))), Table(rng.normal(size=(9, 4)))
+    number = lambda high: jnp.array(rng.integers(0, high, 50))
+    obs, next_obs, action, ends = number(9), number(9), number(4), number(2) == 1
+    reward = jnp.array(rng.normal(size=50))
+    rows = (obs[:, None], action, reward, next_obs[:, None], ends, ends)
+    batch = dqn.Transition(*[x[:, None] for x in rows])  # one step in a row
+    targets = dqn.compute_targets(online, target, batch, dqn.Args(gamma=0.9))
+    _, (_, errors) = dqn.dqn_loss(online, batch, targets, 1.0)
+    tables = online.rows[...], target.rows[...]
+    expected = jax.vmap(rlax.double_q_learning)(
+        tables[0][obs], action, reward, 0.9 * ~ends, tables[1][next_obs], tables[0][next_obs]
+    )
+    np.testing.assert_allclose(-errors, expected, atol=1e-5)
 
 
 def test_dqn_s_loss_is_the_squared_error_of_the_chosen_actions():
