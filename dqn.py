@@ -282,7 +282,7 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, beta: Array, key:
         return replay.sample(buffer, key).experience, None, 1.0
     shares, length = priorities.ravel() / priorities.sum(), priorities.shape[1]
     chosen = jax.random.choice(key, shares.size, (args.batch_size,), p=shares)
-    weights = ((shares > 0).sum() * shares[chosen]) ** -beta
+    weights = shares[chosen] ** -beta
     envs, begin = chosen // length, chosen % length
     times = (begin[:, None] + jnp.arange(args.n_step)) % length  # [M, n_step]
     batch = jax.tree.map(lambda x: x[envs[:, None], times], buffer.experience)

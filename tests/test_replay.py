@@ -139,6 +139,22 @@ def test_priorities_are_the_larger_error_and_new_ones_the_highest(name, monkeypa
     assert expected.max() > 1.5 and (expected > 0).all()
 
 
+@pytest.mark.parametrize("name", ["sac", "td3"])
+def test_the_error_of_an_update_is_the_larger_one_of_the_critics(name, monkeypatch):
+    script, args = {"sac": sac, "td3": td3}[name], small_args(name, prioritized_replay=True)
+    monkeypatch.setattr(script, "compute_targets", lambda *x: jnp.zeros(8))
+    env = probe(lambda *x: 1.0, lambda *x: x[2], continuous=True)
+    learner = jax.jit(script.make_train(args, env)[0])(jax.random.key(0)).learner
+    obs, action, no = *jax.random.normal(jax.random.key(1), (2, 8, 1)), jnp.zeros(8)
+    batch = script.Transition(obs, action, no, obs, no > 0)
+    number = (0,) if name == "td3" else ()
+    rest = (script.make_optimizers(args), batch, *number, jax.random.key(0), args)
+    errors = jax.jit(lambda learner: script.update(learner, *rest)[-1])(learner)
+    q_values = learner.critic(obs, action)
+    assert (q_values < 0).any() and (q_values > 0).any()
+    np.testing.assert_allclose(errors, jnp.abs(q_values).max(axis=0), rtol=1e-5)
+
+
 def test_the_loss_by_priority_is_linear_beyond_an_error_of_1():
     """And the critics' gradients, weighted by how often each transition is drawn, are those of
     |error| ** (1 + exponent) where the error is above 1 (arXiv:2007.06049, eq. 9)."""
@@ -243,7 +259,7 @@ def test_windows_are_steps_in_a_row_and_each_is_drawn(n, prioritized):
             times = np.asarray(batch.obs[..., 0], int)  # [200, 40, n]
             np.testing.assert_array_equal(np.diff(times, axis=-1), 1)
             assert_drawn_as(times[..., 0].ravel() - begins[0], weight_of)
-            if prioritized:  # (N P) ** -beta over the largest of the batch
+            if prioritized:  # (N P) ** -beta over the largest of the batch: the N cancels
                 shares = weight_of / weight_of.sum() / 2
                 by_hand = (2 * len(begins) * shares[times[..., 0] - begins[0]]) ** -0.5
                 by_hand /= by_hand.max(axis=1, keepdims=True)
