@@ -34,7 +34,8 @@ SCRIPTS = {  # name: what it is
     "ppo": "proximal policy optimisation, discrete actions; the root of the collection",
     "ppo_continuous": "the same for continuous actions, with running normalisation by flag",
     "ppo_lstm": "PPO with a long short-term memory",
-    "rppo_continuous": "the same for continuous actions, with sequences and burn-in",
+    "rppo": "the same with any memory of memories/, or of your own, by flag",
+    "rppo_continuous": "ppo_lstm.py for continuous actions, with sequences and burn-in",
     "ppo_trxl": "PPO with a Transformer-XL memory: relative positions, cached keys and values",
     "ppo_gtrxl": "the same with GRU gates",
     "ppo_trxl_pmap": "ppo_trxl.py on many devices and many machines",
@@ -109,6 +110,8 @@ RESULTS = {
 }
 MEMORY = {
     "ppo_lstm_cartpole": Task("ppo_lstm.py", MASKED, bar=475, target=475),
+    "rppo_cartpole": Task("rppo.py", f"{MASKED}, GRU", bar=475),
+    "rppo_s5_cartpole": Task("rppo.py", f"{MASKED}, S5", "--memory s5", bar=475),
     "ppo_trxl_cartpole": Task("ppo_trxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
     "ppo_gtrxl_cartpole": Task("ppo_gtrxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
     "ppo_masked_cartpole": Task("ppo.py", f"{MASKED}, the control", CARTPOLE_BY_PPO, bar=475),

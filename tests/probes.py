@@ -120,6 +120,7 @@ SMALL["td3"] = {k: x for k, x in SMALL["sac"].items() if k not in ("alpha", "aut
 SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
 SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
+SMALL["rppo"] = SMALL["ppo"] | {"embed_dim": 32}
 SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"hidden_size": 32, "sequence_length": 8}
 SMALL["ppo_trxl"] = SMALL["ppo"] | {"memory_length": 6, "window_length": 8, "embed_dim": 32}
 SMALL["ppo_gtrxl"] = SMALL["ppo_trxl_pmap"] = SMALL["ppo_trxl"]

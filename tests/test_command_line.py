@@ -52,6 +52,7 @@ SHORT_RUNS = {
 SHORT_RUNS["ppo_lstm"] = (
     SHORT_RUNS["a2c"] + " --num-minibatches 4 --recompute-carries --chrono-length 20"
 )
+SHORT_RUNS["rppo"] = SHORT_RUNS["a2c"] + " --num-minibatches 4 --no-shared-encoder --embed-dim 16"
 SHORT_RUNS["rppo_continuous"] = (
     "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
     "--recompute-advantages"
@@ -441,6 +442,13 @@ OWN_BAD_FLAGS = {
     ("sac", "--num-envs 7 --total-timesteps 100"): "at least --num-envs x --num-steps",
     ("ppo_lstm", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
     ("ppo_lstm", "--num-minibatches 7"): "take one of",
+    ("rppo", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
+    ("rppo", "--num-minibatches 7"): "take one of",
+    ("rppo", "--memory nothing"): "there are dnc, ffm,",
+    ("rppo", "--memory mine.py:Mine"): "--memory mine.py:Mine",
+    ("rppo", '--memory s5 --memory-kwargs {"stats":3}'): "unexpected keyword argument 'stats'",
+    ("rppo", '--memory gpt2 --memory-kwargs {"heads":3}'): "heads must divide the width 64, not 3",
+    ("rppo", "--memory-kwargs {heads"): "--memory-kwargs '{heads'",
     ("rppo_continuous", "--env-id gymnax::CartPole-v1"): "ppo_lstm.py",
     ("rppo_continuous", "--sequence-length 7"): "--sequence-length must divide",
     ("rppo_continuous", "--burn-in 1000"): "--burn-in must be below",

@@ -1,0 +1,473 @@
+"""Every file of memories/ keeps the protocol: what is unrolled is what is stepped, an episode knows nothing
+of the one before, and nothing grows without bound. A new file is covered by being there."""
+
+import dataclasses
+import functools
+import json
+import runpy
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from flax import nnx
+from probes import NUM_ENVS, learn, probe, quick, real_env, small_args
+
+import ppo_gtrxl
+import rppo
+
+NAMES = sorted(path.stem for path in (ROOT / "memories").glob("*.py"))
+MEMORIES = {name: runpy.run_path(str(ROOT / "memories" / f"{name}.py"))["Memory"] for name in NAMES}
+SMALL = {  # rings shorter than the sequences here, several layers and heads
+    "s5": {"states": 8},
+    "shm": {"features": 5},
+    "ffm": {"features": 5, "context": 3},
+    "dnc": {"slots": 4, "width": 3, "readers": 2},
+    "gpt2": {"length": 5},
+    "gtrxl": {"length": 5},
+}
+SIZE, BATCH, STEPS = 8, 5, 24
+unroll = jax.jit(lambda module, *x: module.unroll(*x))
+
+
+@jax.jit
+def step_all(module, memory, x, reset):
+    """The same by steps -> acting, y [T, B, D]."""
+    return jax.lax.scan(
+        lambda acting, step: module.step(acting, *step), module.open(memory), (x, reset)
+    )
+
+
+@functools.cache
+def make(name, size=SIZE, **kwargs):
+    """A memory whose every parameter is random, so that none hides behind a zero."""
+    module = MEMORIES[name](size, nnx.Rngs(0), **{**SMALL.get(name, {}), **kwargs})
+    leaves, structure = jax.tree.flatten(module)
+    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
+    noisy = [
+        x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=False)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def inputs(seed=0, steps=STEPS, batch=BATCH, size=SIZE):
+    """x [T, B, D], reset [T, B]: some at the first step, some episodes of a single one."""
+    key = jax.random.key(seed)
+    reset = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.15, (steps, batch))
+    return jax.random.normal(key, (steps, batch, size)), reset.at[7:9, 0].set(True)
+
+
+@functools.cache
+def used(name):
+    """A memory in the middle of episodes."""
+    x, reset = inputs(seed=9, steps=13)
+    module = make(name)
+    return unroll(module, module.initial_memory(BATCH), x, reset)[0]
+
+
+def assert_close(one, other, **tolerance):
+    np.testing.assert_allclose(one, other, **({"atol": 3e-5, "rtol": 1e-3} | tolerance))
+
+
+# --- Unrolling is stepping ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", quick(NAMES, "gru", "mlstm", "s5", "gpt2"))
+def test_an_unroll_is_as_many_steps_and_the_sum_of_its_pieces(name):
+    """From a memory that is not empty, with resets at random places; memories are compared by what they
+    answer next."""
+    module, (x, reset) = make(name), inputs()
+    memory, y = unroll(module, used(name), x, reset)
+    acting, by_steps = step_all(module, used(name), x, reset)
+    assert_close(y, by_steps)
+    piece, pieces = used(name), []
+    for start, end in ((0, 1), (1, 10), (10, 11), (11, STEPS)):
+        piece, part = unroll(module, piece, x[start:end], reset[start:end])
+        pieces.append(part)
+    assert_close(y, jnp.concatenate(pieces))
+    after = inputs(seed=5)
+    further = unroll(module, memory, *after)[1]
+    assert_close(further, unroll(module, piece, *after)[1])
+    for n in range(3):
+        acting, answer = jax.jit(lambda module, *x: module.step(*x))(
+            module, acting, after[0][n], after[1][n]
+        )
+        assert_close(answer, further[n])
+    if name != "none":  # the memory matters, or all of this says nothing
+        fresh = unroll(module, module.initial_memory(BATCH), x, reset & False)[1]
+        assert jnp.abs(fresh[:3] - unroll(module, used(name), x, reset & False)[1][:3]).max() > 1e-3
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_structure_and_types_stay_what_they_were(name):
+    module, (x, reset) = make(name), inputs()
+    memory = module.initial_memory(BATCH)
+    acting = module.open(memory)
+    described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert all(leaf.shape[0] == BATCH for leaf in jax.tree.leaves(memory))
+    after, y = unroll(module, memory, x, reset)
+    assert described(after) == described(memory) and y.shape == x.shape and y.dtype == x.dtype
+    after, y = module.step(acting, x[0], reset[0])
+    assert described(after) == described(acting) and y.shape == x[0].shape
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_environments_do_not_mix(name):
+    module, (x, reset) = make(name), inputs()
+    chosen = jnp.array([3, 0])
+    memory = jax.tree.map(lambda leaf: leaf[chosen], used(name))
+    some = unroll(module, memory, x[:, chosen], reset[:, chosen])[1]
+    assert_close(some, unroll(module, used(name), x, reset)[1][:, chosen])
+
+
+# --- What a step may know -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", quick(NAMES, "gru", "mlstm", "s5", "gpt2"))
+def test_an_episode_knows_nothing_of_the_one_before_nor_of_the_future(name):
+    """In values and in gradients, which are exactly 0: also of the memory with which all began."""
+    module, (x, reset) = make(name), inputs()
+    reset = jnp.zeros_like(reset).at[10].set(True)
+
+    def after(x, floats, start, end):
+        memory = jax.tree.unflatten(structure, [*floats])
+        return (unroll(module, memory, x, reset)[1][start:end] ** 2).sum()
+
+    leaves, structure = jax.tree.flatten(used(name))
+    complex_or_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    if all(complex_or_float):
+        grad_x, grad_memory = jax.grad(after, argnums=(0, 1))(x, leaves, 10, STEPS)
+        assert all(jnp.all(leaf == 0) for leaf in grad_memory)
+    else:
+        grad_x = jax.grad(after)(x, leaves, 10, STEPS)
+    assert jnp.all(grad_x[:10] == 0) and jnp.abs(grad_x[10:]).max() > 0
+    grad_x = jax.grad(after)(x, leaves, 0, 10)
+    assert jnp.all(grad_x[10:] == 0) and jnp.abs(grad_x[:10]).max() > 0
+    fresh = unroll(module, module.initial_memory(BATCH), x[10:], reset[10:] & False)[1]
+    assert_close(unroll(module, used(name), x, reset)[1][10:], fresh)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+def test_what_was_seen_is_remembered(name):
+    """The first step's input still changes what comes two steps later."""
+    module, (x, reset) = make(name), inputs()
+    memory = module.initial_memory(BATCH)
+    other = unroll(module, memory, x.at[0].multiply(-1.0), reset & False)[1]
+    assert jnp.abs(unroll(module, memory, x, reset & False)[1] - other)[2].max() > 1e-4
+
+
+# --- Nothing grows without bound ------------------------------------------------------------------
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_thousand_steps_of_large_inputs_stay_finite(name):
+    module = MEMORIES[name](SIZE, nnx.Rngs(0), **SMALL.get(name, {}))
+    x = 100.0 * jax.random.uniform(jax.random.key(0), (10_000, 2, SIZE), minval=-1.0)
+    x = x.at[2_000:2_300].set(100.0)
+    acting, y = step_all(module, module.initial_memory(2), x, jnp.zeros((10_000, 2), bool))
+    assert jnp.isfinite(y).all()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(acting))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("resets", ["at random", "at each step", "never"])
+def test_gradients_are_finite(name, resets):
+    """Of an untrained memory and of a perturbed one, also where every step begins an episode."""
+    x, reset = inputs()
+    reset = {"at random": reset, "at each step": reset | True, "never": reset & False}[resets]
+    for module in (make(name), MEMORIES[name](SIZE, nnx.Rngs(0), **SMALL.get(name, {}))):
+        loss = lambda module, x: (
+            unroll(module, module.initial_memory(BATCH), x, reset)[1] ** 2
+        ).sum()
+        grads = jax.grad(loss, argnums=(0, 1))(module, 10.0 * x)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_a_width_of_one_works(name):
+    heads = {"heads": 1} if name in ("slstm", "mlstm", "gpt2", "gtrxl", "xlstm") else {}
+    module, (x, reset) = make(name, size=1, **heads), inputs(size=1)
+    y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
+    assert jnp.isfinite(y).all()
+    assert_close(y, step_all(module, module.initial_memory(BATCH), x, reset)[1])
+
+
+# --- In rppo.py -----------------------------------------------------------------------------------
+
+
+def flags(name):
+    return {"memory": name, "memory_kwargs": json.dumps(SMALL.get(name, {})), "embed_dim": SIZE}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", quick(NAMES, "s5"))
+def test_what_was_acted_on_is_what_is_learned_from(name, shared):
+    """The ratio is 1 before the first update, over two rollouts and the ends of episodes; the value
+    bootstrapped from is that of the next rollout's first step. (test_memory.py looks at time limits.)"""
+    args, env = small_args("rppo", shared_encoder=shared, **flags(name)), real_env("rppo", limit=17)
+    state = jax.jit(rppo.make_train(args, env)[0])(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(state.agent)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    agent, start = jax.tree.unflatten(structure, noisy), state.acting
+    rollout = jax.jit(lambda *x: rppo.rollout(agent, env, *x, 40))
+    for seed in (1, 2):
+        after, batch = rollout(start, jax.random.key(seed))
+        assert batch.done.sum() >= NUM_ENVS
+        _, logprobs, value = agent.unroll(start.memory, batch.obs, batch.reset)
+        logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(logprob, batch.logprob, atol=1e-4)
+        np.testing.assert_allclose(value, batch.value, atol=1e-4)
+        start = after
+    *_, last_value = agent.step(agent.open(start.memory), start.obs, start.reset)
+    _, following = rollout(start, jax.random.key(3))
+    np.testing.assert_allclose(last_value, following.value[0], atol=1e-4)
+
+
+def memory_probe():
+    """A bit is shown at the first step; the action of the second is to name it."""
+    return probe(
+        lambda time, bit: jnp.where(time == 0, 2.0 * bit - 1.0, 0.0),
+        lambda time, bit, action: jnp.where(time == 0, 0.0, jnp.where(action == bit, 1.0, -1.0)),
+        terminated=lambda time, bit: time >= 2,
+    )
+
+
+@pytest.mark.parametrize("name", quick(NAMES, "gru"))
+def test_each_memory_learns_what_needs_one_and_the_control_does_not(name):
+    learned = learn("rppo", memory_probe(), 60, **flags(name) | {"embed_dim": 16})
+    play = jax.jit(lambda key: rppo.evaluate(learned.state, memory_probe(), key)[0])
+    returns = jnp.stack([play(jax.random.key(seed)) for seed in range(20)])
+    if name == "none":
+        assert abs(returns.mean()) < 4 / returns.size**0.5  # four standard errors of fair coins
+    else:
+        np.testing.assert_array_equal(returns, 1.0)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_with_any_memory_resumes_exactly_and_can_be_played(name, tmp_path, monkeypatch):
+    config = small_args("rppo", 4, env_id="gymnax::CartPole-v1", **flags(name), checkpoint_every=2)
+    config = dataclasses.replace(config, run_dir=tmp_path / "run", eval_episodes=3)
+    rppo.main(config)
+    read = lambda: [line.split(",")[5:] for line in (tmp_path / "run/metrics.csv").open()]
+    whole = read()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    rppo.main(dataclasses.replace(config, resume=tmp_path / "run", run_dir=None))
+    assert read() == whole and len(whole) > 2
+
+
+# --- Each against what it is known to be ----------------------------------------------------------
+
+
+def test_the_gru_of_the_script_is_that_of_the_file():
+    x, reset = inputs()
+    ours, file = rppo.GRU(SIZE, nnx.Rngs(3)), MEMORIES["gru"](SIZE, nnx.Rngs(3))
+    one, other = [unroll(m, m.initial_memory(BATCH), x, reset)[1] for m in (ours, file)]
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.thorough
+def test_the_gru_is_flax_s():
+    module, (x, reset) = make("gru"), inputs()
+    cell = nnx.GRUCell(SIZE, SIZE, rngs=nnx.Rngs(0))
+    cell.dense_i.kernel[...], cell.dense_i.bias[...] = (
+        module.inputs.kernel[...],
+        module.inputs.bias[...],
+    )
+    cell.dense_h.kernel[...] = module.recurrent.kernel[...]
+    module = make("gru")
+    module.recurrent.bias[...] = 0.0 * module.recurrent.bias[...]
+    h, expected = jnp.zeros((BATCH, SIZE)), []
+    for step in x:
+        h, _ = cell(h, step)
+        expected.append(h)
+    y = unroll(module, module.initial_memory(BATCH), x, reset & False)[1]
+    assert_close(y, jnp.stack(expected))
+
+
+@pytest.mark.thorough
+def test_the_lstm_is_flax_s():
+    module, (x, reset) = make("lstm"), inputs()
+    cell = nnx.LSTMCell(SIZE, SIZE, rngs=nnx.Rngs(0))
+    kernels = [
+        jnp.split(layer.kernel[...], 4, axis=1) for layer in (module.inputs, module.recurrent)
+    ]
+    biases = jnp.split(module.inputs.bias[...] + module.recurrent.bias[...], 4)
+    for n, gate in enumerate("ifgo"):
+        getattr(cell, {"f": "if_"}.get(gate, "i" + gate)).kernel[...] = kernels[0][n]
+        getattr(cell, "h" + gate).kernel[...] = kernels[1][n]
+        getattr(cell, "h" + gate).bias[...] = biases[n]
+    carry, expected = (jnp.zeros((BATCH, SIZE)),) * 2, []
+    for step in x:
+        carry, h = cell(carry, step)
+        expected.append(h)
+    y = unroll(module, module.initial_memory(BATCH), x, reset & False)[1]
+    assert_close(y, jnp.stack(expected))
+
+
+def test_the_slstm_with_open_gates_keeps_a_running_mean():
+    """i~ = 0, f~ = o~ = 50: h is the mean of tanh z~ so far."""
+    module = MEMORIES["slstm"](SIZE, nnx.Rngs(0))
+    gates = jnp.zeros((12, BATCH, 4 * SIZE)).at[..., SIZE : 2 * SIZE].set(50.0)
+    z = jax.random.normal(jax.random.key(0), (12, BATCH, SIZE))
+    gates = gates.at[..., 3 * SIZE :].set(50.0).at[..., 2 * SIZE : 3 * SIZE].set(z)
+    memory, no = module.initial_memory(BATCH), jnp.zeros(BATCH, bool)
+    for n in range(12):
+        memory = module.cell(memory, gates[n], no)
+        assert_close(memory[-1], jnp.tanh(z[: n + 1]).mean(axis=0), atol=1e-5)
+
+
+def test_the_mlstm_is_its_recurrence_step_by_step():
+    """In float64 and plain loops, with the stabiliser left out."""
+    module, (x, reset) = make("mlstm"), inputs()
+    y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
+    a = lambda x: np.asarray(x, np.float64)
+    qkv = a(x) @ a(module.query_key_value.kernel[...])
+    gates = a(x) @ a(module.gates.kernel[...]) + a(module.gates.bias[...])
+    out = a(x) @ a(module.output_gate.kernel[...]) + a(module.output_gate.bias[...])
+    for b in range(BATCH):
+        for h in range(4):
+            C, n = np.zeros((2, 2)), np.zeros(2)
+            for t in range(STEPS):
+                q, k, v = [part[2 * h : 2 * h + 2] for part in np.split(qkv[t, b], 3)]
+                keep = 1 / (1 + np.exp(-gates[t, b, 4 + h])) * (not reset[t, b])
+                take, k = np.exp(gates[t, b, h]), k / 2**0.5
+                C, n = keep * C + take * np.outer(k, v), keep * n + take * k
+                read = q @ C / max(abs(q @ n), 1.0)
+                read = (read - read.mean()) / np.sqrt(read.var() + 1e-6)
+                scale = a(module.scale[...])[2 * h : 2 * h + 2]
+                gate = 1 / (1 + np.exp(-out[t, b, 2 * h : 2 * h + 2]))
+                np.testing.assert_allclose(
+                    y[t, b, 2 * h : 2 * h + 2], gate * read * scale, atol=2e-3
+                )
+
+
+@pytest.mark.thorough
+def test_an_s5_layer_is_powers_of_its_eigenvalues():
+    """y_t = 2 Re(C sum_j lambda^(t - j) B u_j) + d u_t, without resets, in float64."""
+    module = MEMORIES["s5"](SIZE, nnx.Rngs(0), states=8, layers=1)
+    (layer,), (x, reset) = module.layers, inputs()
+    real, imag = np.asarray(layer.eigenvalues[...], np.float64)
+    values = real + 1j * imag
+    decay = np.exp(values * np.exp(np.asarray(layer.log_delta[...], np.float64)))
+    B, C = [np.asarray(p[0] + 1j * p[1]) for p in (layer.B[...], layer.C[...])]
+    u = np.asarray(layer.norm(x))
+    taken = u @ (((decay - 1) / values)[:, None] * B).T
+    read = [2 * sum(decay ** (t - j) * taken[j] for j in range(t + 1)) @ C.T for t in range(STEPS)]
+    y = jnp.array(np.real(read)) + layer.feedthrough[...] * u
+    expected = x + layer.value(nnx.gelu(y)) * nnx.sigmoid(layer.gate(nnx.gelu(y)))
+    assert_close(
+        unroll(module, module.initial_memory(BATCH), x, reset & False)[1], expected, atol=1e-4
+    )
+
+
+def test_hippo_s_eigenvalues_are_those_of_its_matrix():
+    """Re = -1/2 for all, and with the vectors they make the normal matrix again (2208.04933, app. B)."""
+    hippo = runpy.run_path(str(ROOT / "memories" / "s5.py"))["hippo"]
+    values, vectors = hippo(16)
+    p, n = np.sqrt(2 * np.arange(16) + 1), np.arange(16)
+    normal = np.where(n[:, None] > n, -0.5, 0.5) * np.outer(p, p) * (
+        n[:, None] != n
+    ) - 0.5 * np.eye(16)
+    again = 2 * np.real(vectors * values @ vectors.conj().T)
+    np.testing.assert_allclose(again, normal, atol=1e-9)
+    assert np.abs(values.imag).max() == pytest.approx(81, abs=1)
+
+
+def test_ffm_s_traces_are_powers_of_gamma():
+    module, (x, reset) = make("ffm"), inputs()
+    S = unroll(module, module.initial_memory(BATCH), x, reset & False)[0]
+    features, gate = jnp.split(module.inputs(x), 2, axis=-1)
+    z = np.asarray(features * nnx.sigmoid(gate))
+    gamma = -np.exp(module.log_alpha[...])[:, None] + 1j * np.exp(module.log_omega[...])
+    expected = sum(np.exp(gamma * (STEPS - 1 - t)) * z[t][..., None] for t in range(STEPS))
+    assert_close(S, expected, atol=1e-4)
+
+
+@pytest.mark.thorough
+def test_shm_without_calibration_is_linear_attention():
+    """v_c = 0: every factor is 1."""
+    module, (x, reset) = make("shm"), inputs()
+    m = module.features
+    kernel = module.inputs.kernel[...].at[:, 3 * m : 4 * m].set(0.0)
+    plain = jax.tree.map(lambda x: x, module)
+    plain.inputs.kernel[...] = kernel
+    plain.inputs.bias[...] = plain.inputs.bias[...].at[3 * m : 4 * m].set(0.0)
+    (M, age), _ = unroll(plain, plain.initial_memory(BATCH), x, reset & False)
+    normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    K, _, V, _, eta = jnp.split(plain.inputs(normed), [m, 2 * m, 3 * m, 4 * m], axis=-1)
+    K = nnx.relu(K) / (1e-5 + nnx.relu(K).sum(-1, keepdims=True))
+    assert_close(M, jnp.einsum("tbi,tbj->bij", nnx.sigmoid(eta) * V, K), atol=1e-4)
+    assert (age == STEPS).all()
+
+
+@pytest.mark.thorough
+def test_the_dnc_follows_what_was_written_after_and_before():
+    """Each slot is written once: forward from the first is the second, as is backward from the third."""
+    module = runpy.run_path(str(ROOT / "memories" / "dnc.py"))
+    allocate, usage = module["allocate"], jnp.zeros((1, 4))
+    link, precedence, order = np.zeros((4, 4)), np.zeros(4), []
+    for _ in range(4):
+        w = np.asarray(allocate(usage)[0])
+        order.append(int(w.argmax()))
+        assert w.max() > 0.999
+        usage = usage + w - usage * w
+        link = (1 - w[:, None] - w) * link + w[:, None] * precedence
+        precedence = (1 - w.sum()) * precedence + w
+    first, second, third, _ = np.eye(4)[order]
+    assert sorted(order) == [0, 1, 2, 3]
+    np.testing.assert_allclose(link @ first, second, atol=2e-3)
+    np.testing.assert_allclose(link.T @ third, second, atol=2e-3)
+    content = module["content"](jnp.eye(4)[None], jnp.eye(4)[None, 2:3], jnp.array([[60.0]]))
+    np.testing.assert_allclose(content[0, 0], np.eye(4)[2], atol=1e-6)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["gpt2", "gtrxl"])
+@pytest.mark.parametrize(("layers", "length"), [(1, 4), (2, 3)])
+def test_news_travels_layers_times_length_steps_and_no_farther(name, layers, length):
+    (x, reset), module = inputs(steps=20), make(name, layers=layers, length=length)
+    memory = module.initial_memory(BATCH)
+
+    def changed(back):
+        """How much the last answer changes with what was seen so many steps before."""
+        other = x.at[19 - back].multiply(-1.0)
+        one, two = [unroll(module, memory, x, reset & False)[1] for x in (x, other)]
+        return jnp.abs(one - two)[19].max()
+
+    assert changed(layers * length) > 1e-6 and changed(layers * length + 1) == 0
+
+
+@pytest.mark.thorough
+def test_the_gtrxl_is_ppo_gtrxl_s():
+    """The same parameters, the same answers."""
+    args = small_args("ppo_gtrxl", embed_dim=SIZE, num_heads=4, memory_length=5, num_layers=2)
+    agent = jax.jit(ppo_gtrxl.make_train(args, real_env("ppo_gtrxl"))[0])(jax.random.key(0)).agent
+    module, (x, reset) = make("gtrxl"), inputs()
+    for theirs, ours in zip(agent.layers, module.layers, strict=True):
+        for part in ("query", "key_value", "positions", "attended", "hidden", "output"):
+            for kind in ("kernel", "bias"):
+                getattr(getattr(theirs, part), kind)[...] = getattr(getattr(ours, part), kind)[...]
+        theirs.content_bias[...] = ours.content_bias[...]
+        theirs.position_bias[...] = ours.position_bias[...]
+        for gate in ("gate_1", "gate_2"):
+            for part in ("from_y", "from_x", "from_reset"):
+                for kind in ("kernel", "bias"):
+                    value = getattr(getattr(getattr(ours, gate), part), kind)[...]
+                    getattr(getattr(getattr(theirs, gate), part), kind)[...] = value
+            getattr(ours, gate).bias = getattr(theirs, gate).bias
+    memory = agent.initial_memory(BATCH)
+    ages = ppo_gtrxl.episode_ages(memory.age, reset)
+    visible, y = ppo_gtrxl.visible_steps(ages, 5), x.swapaxes(0, 1)
+    for n, layer in enumerate(agent.layers):
+        y, _ = layer.unroll(y, memory.inputs[:, :, n], visible)
+    assert_close(unroll(module, module.initial_memory(BATCH), x, reset)[1], y.swapaxes(0, 1))
