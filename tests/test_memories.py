@@ -170,6 +170,9 @@ def test_ten_thousand_steps_of_large_inputs_stay_finite(name):
     module = MEMORIES[name](SIZE, nnx.Rngs(0), **SMALL.get(name, {}))
     x = 100.0 * jax.random.uniform(jax.random.key(0), (10_000, 2, SIZE), minval=-1.0)
     x = x.at[2_000:2_300].set(100.0)
+    x = x.at[3_000:6_000].set(
+        x[0]
+    )  # the same again and again, which one fixed factor would blow up
     acting, y = step_all(module, module.initial_memory(2), x, jnp.zeros((10_000, 2), bool))
     assert jnp.isfinite(y).all()
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(acting))
@@ -218,7 +221,7 @@ def test_what_was_acted_on_is_what_is_learned_from(name, shared):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     agent, start = jax.tree.unflatten(structure, noisy), state.acting
-    rollout = jax.jit(lambda *x: rppo.rollout(agent, env, *x, 40))
+    rollout, batches = jax.jit(lambda *x: rppo.rollout(agent, env, *x, 40)), []
     for seed in (1, 2):
         after, batch = rollout(start, jax.random.key(seed))
         assert batch.done.sum() >= NUM_ENVS
@@ -227,6 +230,12 @@ def test_what_was_acted_on_is_what_is_learned_from(name, shared):
         np.testing.assert_allclose(logprob, batch.logprob, atol=1e-4)
         np.testing.assert_allclose(value, batch.value, atol=1e-4)
         start = after
+        batches.append(batch)
+    # Both rollouts unrolled as one: the second began with what the first had left.
+    obs, reset, value = [
+        jnp.concatenate([getattr(batch, x) for batch in batches]) for x in ("obs", "reset", "value")
+    ]
+    np.testing.assert_allclose(agent.unroll(state.acting.memory, obs, reset)[-1], value, atol=1e-4)
     *_, last_value = agent.step(agent.open(start.memory), start.obs, start.reset)
     _, following = rollout(start, jax.random.key(3))
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-4)
@@ -324,6 +333,9 @@ def test_the_slstm_with_open_gates_keeps_a_running_mean():
     for n in range(12):
         memory = module.cell(memory, gates[n], no)
         assert_close(memory[-1], jnp.tanh(z[: n + 1]).mean(axis=0), atol=1e-5)
+    # A first input that is hardly taken in counts all the same: there is nothing else.
+    shy = gates[0].at[:, :SIZE].set(-110.0)
+    assert_close(module.cell(module.initial_memory(BATCH), shy, no)[-1], jnp.tanh(z[0]), atol=1e-5)
 
 
 def test_the_mlstm_is_its_recurrence_step_by_step():
@@ -429,6 +441,14 @@ def test_the_dnc_follows_what_was_written_after_and_before():
     np.testing.assert_allclose(link.T @ third, second, atol=2e-3)
     content = module["content"](jnp.eye(4)[None], jnp.eye(4)[None, 2:3], jnp.array([[60.0]]))
     np.testing.assert_allclose(content[0, 0], np.eye(4)[2], atol=1e-6)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["gpt2", "gtrxl"])
+def test_no_gradient_flows_into_a_transformer_s_memory(name):
+    module, (x, reset) = make(name), inputs()
+    kept = lambda x: sum(y.sum() for y in unroll(module, used(name), x, reset)[0].layers)
+    assert jnp.all(jax.grad(kept)(x) == 0)
 
 
 @pytest.mark.thorough
