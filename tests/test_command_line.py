@@ -60,7 +60,7 @@ SHORT_RUNS["rppo_continuous"] = (
 SHORT_RUNS["ppo_trxl"] = (
     SHORT_RUNS["a2c"] + " --num-minibatches 4 --memory-length 10 --window-length 16 --embed-dim 16"
 )
-SHORT_RUNS["ppo_gtrxl"] = SHORT_RUNS["ppo_trxl_pmap"] = SHORT_RUNS["ppo_trxl"]
+SHORT_RUNS["ppo_gtrxl"] = SHORT_RUNS["ppo_trxl_pmap"] = SHORT_RUNS["ppo_trxl"] + " --num-layers 1"
 for name in set(SHORT_RUNS) - {"ppo"}:
     SHORT_RUNS[name] = SHORT_RUNS[name].split()
     SHORT_RUNS[name] += ["--total-timesteps", "16384", "--eval-episodes", "5"]

@@ -184,7 +184,8 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("num_actor_threads", quick([1, 2], 2))
+@pytest.mark.thorough
+@pytest.mark.parametrize("num_actor_threads", [1, 2])
 def test_threads_compute_what_the_plain_iteration_computes(num_actor_threads):
     """Bit for bit, over several calls, and each time that it is run."""
     args = small_args("impala", num_actor_threads=num_actor_threads)

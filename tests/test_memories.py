@@ -74,7 +74,7 @@ def assert_close(one, other, **tolerance):
 # --- Unrolling is stepping ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", quick(NAMES, "gru", "mlstm", "s5", "gpt2"))
+@pytest.mark.parametrize("name", quick(NAMES, "mlstm"))
 def test_an_unroll_is_as_many_steps_and_the_sum_of_its_pieces(name):
     """From a memory that is not empty, with resets at random places; memories are compared by what they
     answer next."""
@@ -127,7 +127,7 @@ def test_environments_do_not_mix(name):
 # --- What a step may know -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", quick(NAMES, "gru", "mlstm", "s5", "gpt2"))
+@pytest.mark.parametrize("name", quick(NAMES, "mlstm"))
 def test_an_episode_knows_nothing_of_the_one_before_nor_of_the_future(name):
     """In values and in gradients, which are exactly 0: also of the memory with which all began."""
     module, (x, reset) = make(name), inputs()
@@ -210,8 +210,9 @@ def flags(name):
     return {"memory": name, "memory_kwargs": json.dumps(SMALL.get(name, {})), "embed_dim": SIZE}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("name", quick(NAMES, "s5"))
+@pytest.mark.parametrize("name", NAMES)
 def test_what_was_acted_on_is_what_is_learned_from(name, shared):
     """The ratio is 1 before the first update, over two rollouts and the ends of episodes; the value
     bootstrapped from is that of the next rollout's first step. (test_memory.py looks at time limits.)"""
@@ -250,7 +251,8 @@ def memory_probe():
     )
 
 
-@pytest.mark.parametrize("name", quick(NAMES, "gru"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
 def test_each_memory_learns_what_needs_one_and_the_control_does_not(name):
     learned = learn("rppo", memory_probe(), 60, **flags(name) | {"embed_dim": 16})
     play = jax.jit(lambda key: rppo.evaluate(learned.state, memory_probe(), key)[0])

@@ -84,8 +84,9 @@ def assert_close(one, other, **tolerance):
         np.testing.assert_allclose(x, y, **({"atol": 2e-5, "rtol": 1e-4} | tolerance))
 
 
-VARIANTS = [(name, {}) for name in MEMORY if name != "ppo_gtrxl"]  # the others are for --thorough
-OTHERS = [("ppo_gtrxl", {})]
+LONGER = ("ppo_gtrxl", "rppo")  # test_memories.py looks at that of rppo.py
+VARIANTS = [(name, {}) for name in MEMORY if name not in LONGER]  # the others are for --thorough
+OTHERS = [(name, {}) for name in LONGER]
 OTHERS += [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
 OTHERS += [("ppo_trxl", {"num_layers": 1, "num_heads": 1, "memory_length": 1})]
 VARIANTS += [pytest.param(*variant, marks=pytest.mark.thorough) for variant in OTHERS]
@@ -139,7 +140,7 @@ def test_nothing_passes_a_reset_nor_comes_from_the_future(name, changes):
             assert jnp.abs(z[18] - y[18]).max() > 1e-5  # but the past of the episode does
 
 
-@pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
+@pytest.mark.parametrize("name", quick(sorted(set(MEMORY) & set(DISTINCT)), "ppo_lstm", "ppo_trxl"))
 def test_the_ratio_is_1_before_the_first_update(name):
     """Across episode ends, from a memory in the middle of episodes; and what the advantages are
     bootstrapped from is what the next rollout's first step computes."""
@@ -162,7 +163,7 @@ def test_the_ratio_is_1_before_the_first_update(name):
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", quick(MEMORY, "ppo_lstm", "ppo_trxl"))
+@pytest.mark.parametrize("name", quick(MEMORY, "ppo_lstm"))
 def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name):
     script, env = importlib.import_module(name), real_env(name, limit=7)
     agent = agent_of(name)

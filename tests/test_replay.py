@@ -139,6 +139,7 @@ def test_priorities_are_the_larger_error_and_new_ones_the_highest(name, monkeypa
     assert expected.max() > 1.5 and (expected > 0).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sac", "td3"])
 def test_the_error_of_an_update_is_the_larger_one_of_the_critics(name, monkeypatch):
     script, args = {"sac": sac, "td3": td3}[name], small_args(name, prioritized_replay=True)
@@ -224,7 +225,7 @@ def test_n_step_targets_are_rlax_s():
     np.testing.assert_allclose(targets, whole[:9], atol=1e-5)
 
 
-@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("prioritized", quick([False, True], True))
 @pytest.mark.parametrize("n", quick([1, 3], 3))
 def test_windows_are_steps_in_a_row_and_each_is_drawn(n, prioritized):
     """They never span the place where the buffer is written, and all complete ones are drawn: alike
@@ -279,7 +280,8 @@ def test_dqn_s_priorities_are_its_errors_and_weigh_its_loss():
 # --- Learning with all of it ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", quick(["dqn", "sac", "td3"], "dqn"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["dqn", "sac", "td3"])
 def test_a_discounted_reward_is_learned_with_every_flag(name):
     """A reward of 1 two steps on, then the end: what each observation is worth."""
     flags = {"n_step": 2, "prioritized_replay": True} if name == "dqn" else FLAGS
