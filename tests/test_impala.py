@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from probes import log_prob, make_train, quick, real_env, run_on_devices, small_args
+from probes import log_prob, make_train, real_env, run_on_devices, small_args
 from test_on_policy import trajectory
 
 import impala
