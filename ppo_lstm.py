@@ -97,7 +97,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest global norm of a gradient
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
-    recompute_carries: bool = False  # with the present agent, before each rollout and epoch
+    recompute_carries: bool = False  # after each update, with the new agent
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     chrono_length: int = 0  # longest memory to begin with in steps, 0: some 3 in all cells
     hidden_size: int = 64  # width of the encoder and of the LSTM
@@ -167,40 +167,46 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory; its carry is (h, c), both [B, D]. A reset clears it BEFORE the cell."""
+    """Long short-term memory; a reset clears h and c BEFORE the cell. As in memories/lstm.py."""
 
-    def __init__(self, in_size: int, hidden_size: int, chrono_length: int, rngs: nnx.Rngs):
-        self.hidden_size = hidden_size
-        self.inputs = linear(in_size, 4 * hidden_size, 1.0, rngs)
-        self.recurrent = linear(hidden_size, 4 * hidden_size, 1.0, rngs)
-        forget = jnp.ones(hidden_size)  # at the start it remembers
-        if chrono_length:  # cells forget after 1 to so many steps (arXiv:1804.11188, eq. 16)
-            forget = jnp.log(rngs.params.uniform((hidden_size,), minval=1.0, maxval=chrono_length))
-        zeros, ignore = jnp.zeros(hidden_size), -forget * (chrono_length > 0)
+    def __init__(self, size: int, rngs: nnx.Rngs, chrono_length: int = 0):
+        self.size, init = size, nnx.initializers.orthogonal()
+        self.inputs = nnx.Linear(size, 4 * size, kernel_init=init, rngs=rngs)
+        self.recurrent = nnx.Linear(size, 4 * size, kernel_init=init, rngs=rngs)
+        forget = jnp.ones(size)  # at the start it remembers
+        if chrono_length:  # cells that forget after 1 to so many steps
+            forget = jnp.log(rngs.params.uniform((size,), minval=1.0, maxval=chrono_length))
+        zeros, ignore = jnp.zeros(size), -forget * (chrono_length > 0)
         self.inputs.bias[...] = jnp.concatenate([ignore, forget, zeros, zeros])
 
-    def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
-        """carry, what the inputs give to the gates [B, 4 D], reset [B] -> carry."""
-        h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
-        i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
-        c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * nnx.tanh(g)
-        return nnx.sigmoid(o) * nnx.tanh(c), c
+    def initial_memory(self, batch: int) -> tuple[Array, Array]:
+        """h and c, both [B, D]."""
+        return (jnp.zeros((batch, self.size)),) * 2
 
-    def step(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [B, in_size], reset [B] -> carry, outputs [B, D]."""
-        carry = self.cell(carry, self.inputs(x), reset)
-        return carry, carry[0]
+    def open(self, memory: tuple[Array, Array]) -> tuple[Array, Array]:
+        return memory
 
-    def unroll(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, D]; the same as T steps."""
+    def step(self, acting: tuple[Array, Array], x: Array, reset: Array):
+        """x [B, D], reset [B] -> (h, c), y [B, D], which is h."""
+        acting = self.cell(acting, self.inputs(x), reset)
+        return acting, acting[0]
+
+    def unroll(self, memory: tuple[Array, Array], x: Array, reset: Array):
+        """x [T, B, D], reset [T, B] -> (h, c), y [T, B, D]; one product for the inputs of all steps."""
 
         def advance(carry, step):
             carry = self.cell(carry, *step)
             return carry, carry[0]
 
-        gates = self.inputs(x)  # [T, B, 4 D], one product for all steps
         # Not unrolled: on a CPU, XLA would fuse the steps, and the gradient takes three times as long.
-        return jax.lax.scan(advance, carry, (gates, reset))
+        return jax.lax.scan(advance, memory, (self.inputs(x), reset))
+
+    def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
+        """h and c [B, D], what the inputs give to the gates [B, 4 D], reset [B] -> h and c."""
+        h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
+        i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
+        c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * nnx.tanh(g)
+        return nnx.sigmoid(o) * nnx.tanh(c), c
 
 
 class CNN(nnx.Module):
@@ -229,26 +235,26 @@ class CNN(nnx.Module):
 class Agent(nnx.Module):
     """Encoder, LSTM, and one linear layer each for actor and critic; orthogonal weights (detail 2)."""
 
-    def __init__(self, obs_shape, action_size: int, hidden_size: int, chrono_length: int, rngs):
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
         self.cnn = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.cnn.out_size if self.cnn else obs_shape[0]
-        self.embed = linear(in_size, hidden_size, 2**0.5, rngs)
-        self.lstm = LSTM(hidden_size, hidden_size, chrono_length, rngs)
-        self.actor = linear(hidden_size, action_size, 0.01, rngs)  # starts near uniform
-        self.critic = linear(hidden_size, 1, 1.0, rngs)
+        self.embed = linear(in_size, args.hidden_size, 2**0.5, rngs)
+        self.memory = LSTM(args.hidden_size, rngs, args.chrono_length)
+        self.actor = linear(args.hidden_size, action_size, 0.01, rngs)  # starts near uniform
+        self.critic = linear(args.hidden_size, 1, 1.0, rngs)
 
     def initial_memory(self, num_envs: int) -> tuple[Array, Array]:
         """The carry of the LSTM at the start of an episode, (h, c), both [B, D]."""
-        return (jnp.zeros((num_envs, self.lstm.hidden_size)),) * 2
+        return self.memory.initial_memory(num_envs)
 
     def step(self, memory: tuple[Array, Array], obs: Array, reset: Array):
         """obs [B, *obs_shape], reset [B] -> memory, log-probs [B, A], value [B]."""
-        memory, x = self.lstm.step(memory, self.encode(obs), reset)
+        memory, x = self.memory.step(memory, self.encode(obs), reset)
         return memory, *self.heads(x)
 
     def unroll(self, memory: tuple[Array, Array], obs: Array, reset: Array):
         """obs [T, B, *obs_shape], reset [T, B] -> memory, log-probs [T, B, A], value [T, B]."""
-        memory, x = self.lstm.unroll(memory, self.encode(obs), reset)
+        memory, x = self.memory.unroll(memory, self.encode(obs), reset)
         return memory, *self.heads(x)
 
     def encode(self, obs: Array) -> Array:
@@ -381,7 +387,6 @@ class TrainState(NamedTuple):
     agent: Agent
     opt_state: optax.OptState
     acting: Acting
-    past: tuple | None  # memory, obs and reset of the last rollout, if carries are recomputed
     episode_stats: "EpisodeStats"
     key: Array
     iteration: Array  # iterations done
@@ -394,24 +399,16 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
-        sizes = (env.obs_shape, env.action_size, args.hidden_size, args.chrono_length)
-        agent = Agent(*sizes, nnx.Rngs(agent_key))
+        agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        acting, stats = (
-            Acting(env_state, obs, reset, memory),
-            EpisodeStats(jnp.zeros((args.num_envs, 2))),
-        )
-        # Unrolled before the first rollout, this gives a carry that the reset of acting clears.
-        repeat = lambda x: jnp.broadcast_to(x, (args.num_steps, *x.shape))
-        past = (memory, repeat(obs), repeat(reset)) if args.recompute_carries else None
-        return TrainState(agent, tx.init(agent), acting, past, stats, key, jnp.int32(0))
+        acting = Acting(env_state, obs, reset, memory)
+        stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, past, stats, key, iteration = state
+        agent, opt_state, acting, stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
-        if args.recompute_carries:
-            acting = acting._replace(memory=agent.unroll(*past)[0])
         memory = acting.memory
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
@@ -429,21 +426,22 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
         learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)
-        agent, opt_state, metrics = update(*learner, memory, past, data, update_key, args)
+        agent, opt_state, metrics = update(*learner, memory, data, update_key, args)
+        if args.recompute_carries:  # what acted is stale: what the new agent would remember
+            acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        past = (memory, batch.obs, batch.reset) if args.recompute_carries else None
-        state = TrainState(agent, opt_state, acting, past, stats, key, iteration + 1)
+        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration
 
 
-def update(agent, opt_state, tx, learning_rate, memory, past, data, key, args: Args):
+def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
     """Epochs of gradient steps on data [T, B, ...] that begins with memory [B, ...], in minibatches of
     environments -> agent, opt_state, metrics.
     """
 
-    def minibatch_step(learner, indices, memory):
+    def minibatch_step(learner, indices):
         agent, opt_state = learner
         start = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
         minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [T, S, ...]
@@ -456,9 +454,7 @@ def update(agent, opt_state, tx, learning_rate, memory, past, data, key, args: A
     def epoch(learner, key):
         order = jnp.argsort(jax.random.bits(key, (args.num_envs,)))  # random (detail 6)
         indices = order.reshape(args.num_minibatches, -1)  # [N, S]
-        fresh = learner[0].unroll(*past)[0] if args.recompute_carries else memory
-        step = partial(minibatch_step, memory=fresh)
-        learner, metrics = jax.lax.scan(step, learner, indices)
+        learner, metrics = jax.lax.scan(minibatch_step, learner, indices)
         return learner, jax.tree.map(jnp.mean, metrics)
 
     def epoch_if_near(carry, key):

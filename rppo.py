@@ -207,6 +207,9 @@ class GRU(nnx.Module):
         return (1.0 - z) * n + z * h
 
 
+OWN_MEMORIES = {"gru": GRU}  # those that stand in this file
+
+
 @cache  # a class is to be made once
 def load_memory(name: str, kwargs: str, size: int) -> Callable:
     """-> make(rngs), a memory of this width; bad input ends the program with status 2."""
@@ -220,7 +223,7 @@ def load_memory(name: str, kwargs: str, size: int) -> Callable:
         return y + memory.unroll(start, x[None], reset[None])[1][0]
 
     try:
-        found = GRU if name == "gru" else runpy.run_path(str(path))[of or "Memory"]
+        found = OWN_MEMORIES.get(name) or runpy.run_path(str(path))[of or "Memory"]
         make = partial(found, size, **json.loads(kwargs))
         if jax.eval_shape(try_out).shape != (2, size):
             raise ValueError(f"what it returns must be as wide as what it takes, {size}")
@@ -269,7 +272,7 @@ class Body(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """One body, or one each for actor and critic, and a linear layer each (details 2 and 13)."""
+    """A body, or one each for actor and critic, and a linear layer each (details 2 and 13)."""
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
         number = 1 if args.shared_encoder else 2
@@ -312,7 +315,7 @@ class Acting(NamedTuple):
     env_state: Any
     obs: Array  # [B, *obs_shape], what to act on next
     reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs: what learning starts from
+    memory: Any  # [B, ...], before obs: what learning starts from; in a rollout, opened
 
 
 class Transition(NamedTuple):
@@ -332,7 +335,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
     """Acts for num_steps steps -> Acting, Transition [T, B, ...]."""
     action_keys, env_keys = jax.random.split(key, (2, num_steps))
 
-    def act_and_step(acting, keys):  # with an opened memory
+    def act_and_step(acting, keys):
         action_key, env_key = keys
         memory, logprobs, value = agent.step(acting.memory, acting.obs, acting.reset)
         action = jax.random.categorical(action_key, logprobs)
@@ -353,9 +356,7 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
         )
         return Acting(env_state, timestep.obs, done, memory), transition
 
-    opened, keys = acting._replace(memory=agent.open(acting.memory)), (action_keys, env_keys)
-    after, batch = jax.lax.scan(act_and_step, opened, keys)
-    return after._replace(memory=agent.unroll(acting.memory, batch.obs, batch.reset)[0]), batch
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -449,19 +450,21 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent, opt_state, acting, stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         memory = acting.memory
+        acting = acting._replace(memory=agent.open(memory))
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
-        *_, last_value = agent.step(agent.open(acting.memory), acting.obs, acting.reset)
+        *_, last_value = agent.step(acting.memory, acting.obs, acting.reset)
         advantages, returns = compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
         )
         assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
 
+        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
         learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)

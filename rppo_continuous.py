@@ -23,18 +23,19 @@ the N-th core detail and the N-th for continuous actions of Huang et al. 2022, "
 Details of PPO".
 
     python rppo_continuous.py                                    # Pendulum-v1 without the velocity
+    python rppo_continuous.py --memory s5                        # memories/s5.py instead of the LSTM here
     python rppo_continuous.py --burn-in 8 --recompute-advantages
 
 Expected on Pendulum-v1 without the velocity, on two CPU cores: greedy return -159 +- 10 after 500k
 steps (mean and std of 10 seeds, 100 episodes each); --target-return -200 ends 15 s after the launch.
 
-Differs from ppo_lstm.py in: actor and critic have an LSTM each; the policy is a Gaussian whose actions
-are clipped on their way to the simulator and nowhere else; rollouts are cut into sequences, each with
-the carry that acting had at its start.
+Differs from rppo.py in: actor and critic have a memory each, by default an LSTM; the policy is a Gaussian
+whose actions are clipped on their way to the simulator and nowhere else; rollouts are cut into
+sequences, each with the memory before it.
 
 Differs from the papers as ppo.py does: annealing, clipped gradient norm, normalised advantages,
 scaled rewards, and a time limit is not taken for the end of the task (arXiv:1712.00378). Sequences do not
-overlap as R2D2's do, so the steps that burn a carry in are not learned from.
+overlap as R2D2's do, so the steps that burn a memory in are not learned from.
 """
 
 import os
@@ -54,7 +55,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, metadata, util
 from itertools import product
 from pathlib import Path
@@ -99,11 +100,13 @@ class Args:
     max_grad_norm: float = 0.5  # largest global norm of a gradient
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     sequence_length: int = 64  # steps of a training sequence, into which num_steps is cut
-    burn_in: int = 0  # first steps of a sequence: they warm its carry up, unlearned
-    recompute_advantages: bool = False  # with present values and carries, before each epoch
+    burn_in: int = 0  # first steps of a sequence: they warm its memory up, unlearned
+    recompute_advantages: bool = False  # with present values and memories, before each epoch
     reward_scale: float = 0.02  # factor on the rewards the agent learns from, not on those reported
-    chrono_length: int = 0  # longest memory to begin with in steps, 0: some 3 in all cells
-    hidden_size: int = 64  # width of each encoder and LSTM
+    memory: str = "lstm"  # a file of memories/ by its name, or file.py:Class
+    memory_kwargs: str = "{}"  # JSON object of arguments for the memory
+    embed_dim: int = 64  # width of encoder and memory
+    shared_encoder: bool = False  # one encoder and memory for actor and critic, not one for each
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
     eval_env_id: str | None = None  # where to play them, if not in env_id
@@ -150,7 +153,7 @@ def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_retu
 
 def check_args(args: Args) -> None:
     """Ends the program with status 2 if a flag has a value that cannot work."""
-    counts = "num_seeds num_envs num_steps num_minibatches update_epochs hidden_size"
+    counts = "num_seeds num_envs num_steps num_minibatches update_epochs embed_dim"
     check_ranges(args, at_least_1=f"{counts} sequence_length", at_most_1="gamma gae_lambda")
     if args.num_steps % args.sequence_length:
         fail(f"--sequence-length must divide --num-steps {args.num_steps}")
@@ -161,6 +164,7 @@ def check_args(args: Args) -> None:
         fail(f"--num-minibatches must divide the sequences of a batch: take one of {divisors}")
     if args.num_iterations < 1:
         fail(f"--total-timesteps must be at least one batch, {args.batch_size}")
+    load_memory(args.memory, args.memory_kwargs, args.embed_dim)
 
 
 def check_env(env_id: str, env: "Env") -> None:
@@ -178,40 +182,73 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory; its carry is (h, c), both [B, D]. A reset clears it BEFORE the cell."""
+    """Long short-term memory; a reset clears h and c BEFORE the cell. As in memories/lstm.py."""
 
-    def __init__(self, in_size: int, hidden_size: int, chrono_length: int, rngs: nnx.Rngs):
-        self.hidden_size = hidden_size
-        self.inputs = linear(in_size, 4 * hidden_size, 1.0, rngs)
-        self.recurrent = linear(hidden_size, 4 * hidden_size, 1.0, rngs)
-        forget = jnp.ones(hidden_size)  # at the start it remembers
-        if chrono_length:  # cells forget after 1 to so many steps (arXiv:1804.11188, eq. 16)
-            forget = jnp.log(rngs.params.uniform((hidden_size,), minval=1.0, maxval=chrono_length))
-        zeros, ignore = jnp.zeros(hidden_size), -forget * (chrono_length > 0)
+    def __init__(self, size: int, rngs: nnx.Rngs, chrono_length: int = 0):
+        self.size, init = size, nnx.initializers.orthogonal()
+        self.inputs = nnx.Linear(size, 4 * size, kernel_init=init, rngs=rngs)
+        self.recurrent = nnx.Linear(size, 4 * size, kernel_init=init, rngs=rngs)
+        forget = jnp.ones(size)  # at the start it remembers
+        if chrono_length:  # cells that forget after 1 to so many steps
+            forget = jnp.log(rngs.params.uniform((size,), minval=1.0, maxval=chrono_length))
+        zeros, ignore = jnp.zeros(size), -forget * (chrono_length > 0)
         self.inputs.bias[...] = jnp.concatenate([ignore, forget, zeros, zeros])
 
-    def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
-        """carry, what the inputs give to the gates [B, 4 D], reset [B] -> carry."""
-        h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
-        i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
-        c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * nnx.tanh(g)
-        return nnx.sigmoid(o) * nnx.tanh(c), c
+    def initial_memory(self, batch: int) -> tuple[Array, Array]:
+        """h and c, both [B, D]."""
+        return (jnp.zeros((batch, self.size)),) * 2
 
-    def step(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [B, in_size], reset [B] -> carry, outputs [B, D]."""
-        carry = self.cell(carry, self.inputs(x), reset)
-        return carry, carry[0]
+    def open(self, memory: tuple[Array, Array]) -> tuple[Array, Array]:
+        return memory
 
-    def unroll(self, carry: tuple[Array, Array], x: Array, reset: Array):
-        """x [T, B, in_size], reset [T, B] -> carry, outputs [T, B, D]; the same as T steps."""
+    def step(self, acting: tuple[Array, Array], x: Array, reset: Array):
+        """x [B, D], reset [B] -> (h, c), y [B, D], which is h."""
+        acting = self.cell(acting, self.inputs(x), reset)
+        return acting, acting[0]
+
+    def unroll(self, memory: tuple[Array, Array], x: Array, reset: Array):
+        """x [T, B, D], reset [T, B] -> (h, c), y [T, B, D]; one product for the inputs of all steps."""
 
         def advance(carry, step):
             carry = self.cell(carry, *step)
             return carry, carry[0]
 
-        gates = self.inputs(x)  # [T, B, 4 D], one product for all steps
         # Not unrolled: on a CPU, XLA would fuse the steps, and the gradient takes three times as long.
-        return jax.lax.scan(advance, carry, (gates, reset))
+        return jax.lax.scan(advance, memory, (self.inputs(x), reset))
+
+    def cell(self, carry: tuple[Array, Array], gates: Array, reset: Array) -> tuple[Array, Array]:
+        """h and c [B, D], what the inputs give to the gates [B, 4 D], reset [B] -> h and c."""
+        h, c = [jnp.where(reset[:, None], 0.0, x) for x in carry]
+        i, f, g, o = jnp.split(gates + self.recurrent(h), 4, axis=-1)
+        c = nnx.sigmoid(f) * c + nnx.sigmoid(i) * nnx.tanh(g)
+        return nnx.sigmoid(o) * nnx.tanh(c), c
+
+
+OWN_MEMORIES = {"lstm": LSTM}  # those that stand in this file
+
+
+@cache  # a class is to be made once
+def load_memory(name: str, kwargs: str, size: int) -> Callable:
+    """-> make(rngs), a memory of this width; bad input ends the program with status 2."""
+    file, _, of = name.partition(":")
+    path = Path(file) if file.endswith(".py") else Path(__file__).parent / f"memories/{file}.py"
+
+    def try_out():
+        memory, x, reset = make(rngs=nnx.Rngs(0)), jnp.zeros((2, size)), jnp.zeros(2, bool)
+        start = memory.initial_memory(2)
+        _, y = memory.step(memory.open(start), x, reset)
+        return y + memory.unroll(start, x[None], reset[None])[1][0]
+
+    try:
+        found = OWN_MEMORIES.get(name) or runpy.run_path(str(path))[of or "Memory"]
+        make = partial(found, size, **json.loads(kwargs))
+        if jax.eval_shape(try_out).shape != (2, size):
+            raise ValueError(f"what it returns must be as wide as what it takes, {size}")
+    except Exception as error:
+        known = ", ".join(sorted(x.stem for x in Path(__file__).parent.glob("memories/*.py")))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--memory {name} with --memory-kwargs '{kwargs}': {reason} (there are {known})")
+    return make
 
 
 class CNN(nnx.Module):
@@ -237,55 +274,55 @@ class CNN(nnx.Module):
         return x.reshape(*x.shape[:-3], self.out_size)
 
 
-class Recurrent(nnx.Module):
-    """Encoder, LSTM and a linear head."""
+class Body(nnx.Module):
+    """Encoder and memory."""
 
-    def __init__(self, obs_shape, hidden_size: int, chrono_length: int, out_size: int, scale, rngs):
+    def __init__(self, obs_shape: tuple[int, ...], args: Args, rngs: nnx.Rngs):
         self.cnn = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.cnn.out_size if self.cnn else obs_shape[0]
-        self.embed = linear(in_size, hidden_size, 2**0.5, rngs)
-        self.lstm = LSTM(hidden_size, hidden_size, chrono_length, rngs)
-        self.head = linear(hidden_size, out_size, scale, rngs)
+        self.embed = linear(in_size, args.embed_dim, 2**0.5, rngs)
+        self.memory = load_memory(args.memory, args.memory_kwargs, args.embed_dim)(rngs=rngs)
 
     def encode(self, obs: Array) -> Array:
         """[..., *obs_shape] -> [..., D]."""
         return nnx.tanh(self.embed(self.cnn(obs) if self.cnn else obs))
 
-    def step(self, carry: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> carry, outputs [B, out_size]."""
-        carry, x = self.lstm.step(carry, self.encode(obs), reset)
-        return carry, self.head(x)
-
-    def unroll(self, carry: tuple[Array, Array], obs: Array, reset: Array):
-        """obs [T, B, *obs_shape], reset [T, B] -> carry, outputs [T, B, out_size]."""
-        carry, x = self.lstm.unroll(carry, self.encode(obs), reset)
-        return carry, self.head(x)
-
 
 class Agent(nnx.Module):
-    """Separate actor and critic (detail 13), each with a memory; orthogonal weights (detail 2)."""
+    """A body, or one each for actor and critic, and a linear layer each (details 2 and 13)."""
 
-    def __init__(self, obs_shape, action_size: int, hidden_size: int, chrono_length: int, rngs):
-        sizes = (obs_shape, hidden_size, chrono_length)
-        self.actor = Recurrent(*sizes, action_size, 0.01, rngs)  # mean near 0
-        self.critic = Recurrent(*sizes, 1, 1.0, rngs)
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
+        number = 1 if args.shared_encoder else 2
+        self.bodies = nnx.List([Body(obs_shape, args, rngs) for _ in range(number)])
+        self.actor = linear(args.embed_dim, action_size, 0.01, rngs)  # mean near 0
+        self.critic = linear(args.embed_dim, 1, 1.0, rngs)
         self.log_std = nnx.Param(jnp.zeros(action_size))  # details c2 and c3
 
-    def initial_memory(self, num_envs: int) -> tuple:
-        """The carries of actor and critic at the start of an episode, each (h, c), all [B, D]."""
-        return (((jnp.zeros((num_envs, self.actor.lstm.hidden_size)),) * 2),) * 2
+    def initial_memory(self, num_envs: int) -> list:
+        """What learning starts from at the start of an episode, [B, ...], of each body."""
+        return [body.memory.initial_memory(num_envs) for body in self.bodies]
 
-    def step(self, memory: tuple, obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, mean [B, A], std [A], value [B]."""
-        actor_carry, mean = self.actor.step(memory[0], obs, reset)
-        critic_carry, value = self.critic.step(memory[1], obs, reset)
-        return (actor_carry, critic_carry), mean, jnp.exp(self.log_std[...]), value[..., 0]
+    def open(self, memory: list) -> list:
+        """The same for acting, as long as the parameters stay the same."""
+        return [body.memory.open(own) for body, own in zip(self.bodies, memory, strict=True)]
 
-    def unroll(self, memory: tuple, obs: Array, reset: Array):
+    def step(self, acting: list, obs: Array, reset: Array):
+        """obs [B, *obs_shape], reset [B] -> acting, mean [B, A], std [A], value [B]."""
+        return self.heads("step", acting, obs, reset)
+
+    def unroll(self, memory: list, obs: Array, reset: Array):
         """obs [T, B, *obs_shape], reset [T, B] -> memory, mean [T, B, A], std [A], value [T, B]."""
-        actor_carry, mean = self.actor.unroll(memory[0], obs, reset)
-        critic_carry, value = self.critic.unroll(memory[1], obs, reset)
-        return (actor_carry, critic_carry), mean, jnp.exp(self.log_std[...]), value[..., 0]
+        return self.heads("unroll", memory, obs, reset)
+
+    def heads(self, way: str, memory: list, obs: Array, reset: Array):
+        """What `step` or `unroll` gives."""
+        after, xs = [], []
+        for body, own in zip(self.bodies, memory, strict=True):
+            own, x = getattr(body.memory, way)(own, body.encode(obs), reset)
+            after.append(own)
+            xs.append(x)
+        std, value = jnp.exp(self.log_std[...]), self.critic(xs[-1])[..., 0]
+        return after, self.actor(xs[0]), std, value
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -297,7 +334,7 @@ class Acting(NamedTuple):
     env_state: Any
     obs: Array  # [B, *obs_shape], what to act on next
     reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs
+    memory: Any  # [B, ...], before obs: what learning starts from; in a rollout, opened
 
 
 class Transition(NamedTuple):
@@ -313,7 +350,6 @@ class Transition(NamedTuple):
     cut: Array  # [B], and a time limit was the reason
     final_value: Array  # [B], V(next_obs) where a time limit cut the episode, else 0
     next_obs: Array  # [B, *obs_shape], where the action led
-    memory: Any  # [B, ...], before obs
 
 
 def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int):
@@ -323,24 +359,24 @@ def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int
     def act_and_step(acting, keys):
         env_state, obs, reset, memory = acting
         action_key, env_key = keys
-        next_memory, mean, std, value = agent.step(memory, obs, reset)
+        memory, mean, std, value = agent.step(memory, obs, reset)
         action = mean + std * jax.random.normal(action_key, mean.shape)
         logprob = norm.logpdf(action, mean, std).sum(axis=-1)
         clipped = jnp.clip(action, env.action_low, env.action_high)  # detail c5
         env_state, timestep = env.step(env_key, env_state, clipped)
         cut = timestep.truncated & ~timestep.terminated
         done = timestep.terminated | timestep.truncated
-        final_value = value_at_limit(agent, next_memory, timestep.next_obs, cut)
+        final_value = value_at_limit(agent, memory, timestep.next_obs, cut)
         transition = (obs, reset, action, logprob, value, timestep.reward, done)
-        transition = Transition(*transition, cut, final_value, timestep.next_obs, memory)
-        return Acting(env_state, timestep.obs, done, next_memory), transition
+        transition = Transition(*transition, cut, final_value, timestep.next_obs)
+        return Acting(env_state, timestep.obs, done, memory), transition
 
     return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
 
 
 def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
     """V(next_obs) where a time limit cut the episode, else 0: the task goes on beyond (arXiv:1712.00378,
-    sec. 3). All are [B, ...]; memory: after the step.
+    sec. 3). All are [B, ...]; memory: after the step, opened.
     """
     return jax.lax.cond(
         cut.any(),
@@ -349,18 +385,28 @@ def value_at_limit(agent: Agent, memory, next_obs: Array, cut: Array) -> Array:
     )
 
 
-def replay(agent: Agent, batch: Transition, acting: Acting) -> tuple[Transition, Acting]:
-    """The batch and what follows it, with what this agent would have remembered and expected."""
+def replay(agent: Agent, memory, batch: Transition, acting: Acting):
+    """What was seen from memory [B, ...] on, with what this agent would have expected and remembered ->
+    memory, batch, acting.
+    """
 
-    def step(memory, transition):
-        next_memory, *_, value = agent.step(memory, transition.obs, transition.reset)
-        final_value = value_at_limit(agent, next_memory, transition.next_obs, transition.cut)
-        fresh = transition._replace(memory=memory, value=value, final_value=final_value)
-        return next_memory, fresh
+    def step(opened, transition):
+        opened, *_, value = agent.step(opened, transition.obs, transition.reset)
+        final_value = value_at_limit(agent, opened, transition.next_obs, transition.cut)
+        return opened, transition._replace(value=value, final_value=final_value)
 
-    start = jax.tree.map(lambda x: x[0], batch.memory)
-    memory, batch = jax.lax.scan(step, start, batch)
-    return batch, acting._replace(memory=memory)
+    opened, batch = jax.lax.scan(step, agent.open(memory), batch)
+    return memory, batch, acting._replace(memory=opened)
+
+
+def remember(agent: Agent, memory, batch: Transition, length: int) -> tuple[Any, Any]:
+    """One more pass over what was seen, from memory [B, ...] on -> the memory after it, and those before
+    each sequence of this length, [K B, ...].
+    """
+    cut = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
+    advance = lambda memory, window: (agent.unroll(memory, *window)[0], memory)
+    memory, starts = jax.lax.scan(advance, memory, (cut(batch.obs), cut(batch.reset)))
+    return memory, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -448,28 +494,28 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
-        sizes = (env.obs_shape, env.action_size, args.hidden_size, args.chrono_length)
-        agent = Agent(*sizes, nnx.Rngs(agent_key))
+        agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        acting, stats = (
-            Acting(env_state, obs, reset, memory),
-            EpisodeStats(jnp.zeros((args.num_envs, 2))),
-        )
+        acting = Acting(env_state, obs, reset, memory)
+        stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
         return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         agent, opt_state, acting, stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
+        memory = acting.memory
+        acting = acting._replace(memory=agent.open(memory))
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
 
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
-        agent, opt_state, metrics = update(
-            agent, opt_state, tx, learning_rate, batch, acting, update_key, args
-        )
+        learner, seen = (agent, opt_state, tx, learning_rate), (memory, batch, acting)
+        after, *as_acted = prepare(agent, *seen, args)
+        agent, opt_state, metrics = update(*learner, as_acted, seen, update_key, args)
+        acting = acting._replace(memory=after)
         metrics |= {"charts/learning_rate": learning_rate}
         state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
         return state, metrics | episode_metrics
@@ -477,9 +523,9 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     return init, train_iteration
 
 
-def prepare(agent: Agent, batch: Transition, acting: Acting, args: Args):
-    """The batch [T, B, ...] as sequences [W, K B, ...] -> memory [K B, ...], (batch, advantages,
-    returns). acting: where it stood after the batch.
+def prepare(agent: Agent, memory, batch: Transition, acting: Acting, args: Args):
+    """The batch [T, B, ...], which began with memory [B, ...], as sequences -> the memory after it, those
+    before each sequence [K B, ...], (batch, advantages, returns) [W, K B, ...]. acting: after the batch.
     """
     *_, last_value = agent.step(acting.memory, acting.obs, acting.reset)
     # Where a time limit cut the episode: r' = r + gamma V(next_obs).
@@ -493,16 +539,15 @@ def prepare(agent: Agent, batch: Transition, acting: Acting, args: Args):
         x = x.reshape(-1, args.sequence_length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
         return x.reshape(args.sequence_length, args.num_sequences, *x.shape[3:])
 
-    data = jax.tree.map(to_sequences, (batch, advantages, returns))
-    memory = jax.tree.map(lambda x: x[0], data[0].memory)
-    return memory, (data[0]._replace(memory=None, next_obs=None), *data[1:])
+    data = jax.tree.map(to_sequences, (batch._replace(next_obs=None), advantages, returns))
+    return *remember(agent, memory, batch, args.sequence_length), data
 
 
-def update(agent, opt_state, tx, learning_rate, batch, acting, key, args: Args):
-    """Epochs of gradient steps on a batch [T, B, ...], in minibatches of sequences -> agent, opt_state,
-    metrics. acting: where it stood after the batch.
+def update(agent, opt_state, tx, learning_rate, as_acted, seen, key, args: Args):
+    """Epochs of gradient steps in minibatches of sequences -> agent, opt_state, metrics.
+
+    as_acted: memories before the sequences, and data, that `prepare` made from what was seen.
     """
-    as_acted = prepare(agent, batch, acting, args)
 
     def minibatch_step(learner, indices, memory, data):
         agent, opt_state = learner
@@ -520,7 +565,7 @@ def update(agent, opt_state, tx, learning_rate, batch, acting, key, args: Args):
         memory, data = as_acted
         if args.recompute_advantages:
             agent, _ = learner
-            memory, data = prepare(agent, *replay(agent, batch, acting), args)
+            _, memory, data = prepare(agent, *replay(agent, *seen), args)
         step = partial(minibatch_step, memory=memory, data=data)
         learner, metrics = jax.lax.scan(step, learner, indices)
         return learner, jax.tree.map(jnp.mean, metrics)
@@ -568,7 +613,7 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
     reset_key, key = jax.random.split(key)
     env_state, obs = env.reset(reset_key)
     zeros, memory = jnp.zeros(obs.shape[0]), state.agent.initial_memory(obs.shape[0])
-    acting = Acting(env_state, obs, zeros == 0, memory)
+    acting = Acting(env_state, obs, zeros == 0, state.agent.open(memory))
     carry = (acting, key, zeros, zeros, zeros == 0)
     _, _, returns, lengths, _ = jax.lax.while_loop(playing, act_and_step, carry)
     return returns, lengths
