@@ -231,18 +231,13 @@ class Memory(NamedTuple):
     inputs: Array  # [B, M, L, D], the oldest first; no gradient flows back through them
     age: Array  # [B], how far into its episode the last step was, -1 before any
 
-    def append(self, inputs: Array, age: Array) -> "Memory":
-        """Takes in T steps, inputs [B, T, L, D], and forgets the oldest ones."""
-        inputs = jnp.concatenate([self.inputs, inputs], axis=1)
-        return Memory(inputs[:, -self.inputs.shape[1] :], age)
-
 
 class Cache(NamedTuple):
-    """The memory while acting: as long as parameters are fixed, so are keys and values."""
+    """The memory while acting: as long as parameters are fixed, so are keys and values. Rings with one place
+    more than the memory: a step is written over the oldest, then read with the others."""
 
-    keys: tuple[Array, ...]  # of each layer [B, H, M, D / H], a ring
-    values: tuple[Array, ...]  # likewise
-    slot: Array  # the oldest one, to be overwritten next
+    rings: tuple[tuple[Array, Array], ...]  # keys and values of each layer, [B, H, M + 1, D / H]
+    slot: Array  # where to write next
     age: Array  # [B]
 
 
@@ -361,23 +356,19 @@ class Layer(nnx.Module):
         attended = jnp.einsum("bhij,bjhd->bihd", weights, values)
         return self.feed_forward(x, attended.reshape(x.shape)), inputs
 
-    def step(self, x: Array, keys: Array, values: Array, distances: Array, visible: Array):
-        """One step: x [B, D], keys and values [B, H, M, D / H], distances [M + 1] to them and to itself,
-        visible [B, M + 1] -> x, its inputs [B, D], key, value.
-        """
+    def step(self, x: Array, ring: tuple, slot: Array, visible: Array) -> tuple[Array, tuple]:
+        """One step: x [B, D], written to a slot of its ring, visible [B, M + 1] -> x, ring."""
         inputs = norm(x).astype(self.dtype)
         query, position_query = self.queries(inputs)
-        key, value = self.keys_values(inputs)
-        own = (query * key).sum(axis=-1, keepdims=True)  # [B, H, 1]
-        scores = jnp.einsum("bhd,bhmd->bhm", query, keys)
-        scores = jnp.concatenate([scores, own], axis=-1).astype(jnp.float32)  # [B, H, M + 1]
+        write = lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, slot, axis=2)
+        keys, values = ring = jax.tree.map(write, ring, self.keys_values(inputs))
+        scores = jnp.einsum("bhd,bhmd->bhm", query, keys, preferred_element_type=jnp.float32)
         if self.positions:
-            scores += jnp.einsum("bhd,mhd->bhm", position_query, self.position_keys()[distances])
+            positions = jnp.roll(self.position_keys()[::-1], slot + 1, axis=0)  # of the slots
+            scores += jnp.einsum("bhd,mhd->bhm", position_query, positions)
         weights = nnx.softmax(jnp.where(visible[:, None], scores, -jnp.inf)).astype(self.dtype)
-        attended = (
-            jnp.einsum("bhm,bhmd->bhd", weights[..., :-1], values) + weights[..., -1:] * value
-        )
-        return self.feed_forward(x, attended.reshape(x.shape)), inputs, key, value
+        attended = jnp.einsum("bhm,bhmd->bhd", weights, values)
+        return self.feed_forward(x, attended.reshape(x.shape)), ring
 
 
 class Agent(nnx.Module):
@@ -407,38 +398,30 @@ class Agent(nnx.Module):
             x, new = layer.unroll(x, memory.inputs[:, :, n], visible)
             inputs.append(new)
         inputs = jax.lax.stop_gradient(jnp.stack(inputs, axis=2))  # [B, T, L, D]
-        return memory.append(inputs, ages[-1]), *self.heads(x.swapaxes(0, 1))
+        inputs = jnp.concatenate([memory.inputs, inputs], axis=1)[:, -self.memory_length :]
+        return Memory(inputs, ages[-1]), *self.heads(x.swapaxes(0, 1))
 
-    def step(self, memory: Memory, obs: Array, reset: Array):
-        """obs [B, *obs_shape], reset [B] -> memory, log-probs [B, A], value [B]."""
-        cache, inputs, logprobs, value = self.cached_step(self.open_cache(memory), obs, reset)
-        return memory.append(inputs[:, None], cache.age), logprobs, value
+    def open(self, memory: Memory) -> Cache:
+        """The same for acting, as long as the parameters stay the same."""
 
-    def open_cache(self, memory: Memory) -> Cache:
-        """Keys and values of the memory, for as many steps as the parameters stay the same."""
-        pairs = [
-            layer.keys_values(memory.inputs[:, :, n]) for n, layer in enumerate(self.cast_layers())
-        ]
-        rings = [[x.swapaxes(1, 2) for x in pair] for pair in pairs]  # [B, H, M, D / H]
-        return Cache(*zip(*rings, strict=True), jnp.int32(0), memory.age)
+        def ring(x):  # [B, M, H, D / H] -> [B, H, M + 1, D / H]
+            return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 1), (0, 0)))
 
-    def cached_step(self, cache: Cache, obs: Array, reset: Array):
-        """A step of `step` -> cache, inputs for the memory [B, L, D], log-probs [B, A], value [B]."""
-        age = jnp.where(reset, 0, cache.age + 1)
-        slots = jnp.arange(self.memory_length)
-        distances = jnp.append((cache.slot - 1 - slots) % self.memory_length + 1, 0)  # [M + 1]
+        remembered = jnp.moveaxis(memory.inputs, 2, 0)  # [L, B, M, D]
+        pairs = zip(self.cast_layers(), remembered, strict=True)
+        rings = tuple(jax.tree.map(ring, layer.keys_values(inputs)) for layer, inputs in pairs)
+        return Cache(rings, jnp.int32(self.memory_length), memory.age)
+
+    def step(self, cache: Cache, obs: Array, reset: Array):
+        """obs [B, *obs_shape], reset [B] -> cache, log-probs [B, A], value [B]."""
+        age, places = jnp.where(reset, 0, cache.age + 1), self.memory_length + 1
+        distances = (cache.slot - jnp.arange(places)) % places  # 0: this step
         visible = distances <= age[:, None]  # [B, M + 1]
-        x, steps = self.encode(obs, age), []
-        for layer, keys, values in zip(self.cast_layers(), cache.keys, cache.values, strict=True):
-            x, *step = layer.step(x, keys, values, distances, visible)
-            steps.append(step)
-        inputs, *new = zip(*steps, strict=True)
-        # What reads the rings comes before what writes to them, so XLA need not copy them.
-        x, new = jax.lax.optimization_barrier((x, new))
-        write = lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, cache.slot, 2)
-        keys, values = jax.tree.map(write, (cache.keys, cache.values), tuple(new))
-        cache = Cache(keys, values, (cache.slot + 1) % self.memory_length, age)
-        return cache, jnp.stack(inputs, axis=1), *self.heads(x)
+        x, rings = self.encode(obs, age), []
+        for layer, ring in zip(self.cast_layers(), cache.rings, strict=True):
+            x, ring = layer.step(x, ring, cache.slot, visible)
+            rings.append(ring)
+        return Cache(tuple(rings), (cache.slot + 1) % places, age), *self.heads(x)
 
     def cast_layers(self) -> list[Layer]:
         """The layers as they compute; what is learned stays in float32."""
@@ -463,7 +446,7 @@ class Acting(NamedTuple):
     env_state: Any
     obs: Array  # [B, *obs_shape], what to act on next
     reset: Array  # [B], obs begins an episode
-    memory: Any  # [B, ...], before obs
+    memory: Any  # [B, ...], before obs: what learning starts from; in a rollout, opened
 
 
 class Transition(NamedTuple):
@@ -477,41 +460,44 @@ class Transition(NamedTuple):
     reward: Array  # [B]
     done: Array  # [B], the action ended the episode
     final_value: Array  # [B], V(next_obs) where a time limit cut the episode, else 0
-    inputs: Array  # [B, L, D], what the memory keeps of the step
 
 
 def rollout(agent: Agent, env: "Env", acting: Acting, key: Array, num_steps: int):
     """Acts for num_steps steps -> Acting, Transition [T, B, ...]."""
     action_keys, env_keys = jax.random.split(key, (2, num_steps))
 
-    def act_and_step(acting, keys):  # with a Cache as memory
-        env_state, obs, reset, cache = acting
+    def act_and_step(acting, keys):
         action_key, env_key = keys
-        cache, inputs, logprobs, value = agent.cached_step(cache, obs, reset)
+        memory, logprobs, value = agent.step(acting.memory, acting.obs, acting.reset)
         action = jax.random.categorical(action_key, logprobs)
         logprob = jnp.take_along_axis(logprobs, action[:, None], axis=-1)[:, 0]
-        env_state, timestep = env.step(env_key, env_state, action)
+        env_state, timestep = env.step(env_key, acting.env_state, action)
         # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
         cut = timestep.truncated & ~timestep.terminated
         final_value = jax.lax.cond(
             cut.any(),
             lambda: jnp.where(
-                cut, agent.cached_step(cache, timestep.next_obs, jnp.zeros_like(cut))[-1], 0.0
+                cut, agent.step(memory, timestep.next_obs, jnp.zeros_like(cut))[-1], 0.0
             ),
             lambda: jnp.zeros_like(value),
         )
-        final_value, cache = jax.lax.optimization_barrier((final_value, cache))  # read, then write
         done = timestep.terminated | timestep.truncated
         transition = Transition(
-            obs, reset, action, logprob, value, timestep.reward, done, final_value, inputs
+            acting.obs, acting.reset, action, logprob, value, timestep.reward, done, final_value
         )
-        return Acting(env_state, timestep.obs, done, cache), transition
+        return Acting(env_state, timestep.obs, done, memory), transition
 
-    memory, keys = acting.memory, (action_keys, env_keys)
-    acting = acting._replace(memory=agent.open_cache(memory))
-    acting, batch = jax.lax.scan(act_and_step, acting, keys)
-    memory = memory.append(batch.inputs.swapaxes(0, 1), acting.memory.age)
-    return acting._replace(memory=memory), batch
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
+
+
+def remember(agent: Agent, memory, batch: Transition, length: int) -> tuple[Any, Any]:
+    """One more pass over what was seen, from memory [B, ...] on -> the memory after it, and those before
+    each sequence of this length, [K B, ...].
+    """
+    cut = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
+    advance = lambda memory, window: (agent.unroll(memory, *window)[0], memory)
+    memory, starts = jax.lax.scan(advance, memory, (cut(batch.obs), cut(batch.reset)))
+    return memory, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -604,10 +590,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
-        acting, stats = (
-            Acting(env_state, obs, reset, memory),
-            EpisodeStats(jnp.zeros((args.num_envs * jax.device_count(), 2))),
-        )
+        acting = Acting(env_state, obs, reset, memory)
+        stats = EpisodeStats(jnp.zeros((args.num_envs * jax.device_count(), 2)))
         return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
@@ -616,6 +600,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         device = jax.lax.axis_index("devices")
         rollout_key, update_key = (jax.random.fold_in(x, device) for x in (rollout_key, update_key))
         memory = acting.memory
+        acting = acting._replace(memory=agent.open(memory))
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
 
@@ -634,8 +619,11 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
-        learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)
-        agent, opt_state, metrics = update(*learner, memory, data, update_key, args)
+        learner, length = (agent, opt_state, tx, learning_rate), args.window_length
+        memory, starts = remember(agent, memory, batch, length)
+        data = jax.tree.map(partial(to_sequences, length=length), (batch, advantages, returns))
+        agent, opt_state, metrics = update(*learner, starts, data, update_key, args)
+        acting = acting._replace(memory=memory)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
         state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
         return state, metrics | episode_metrics
@@ -654,31 +642,20 @@ def mean_over_devices(tree: Any) -> Any:
     return unflatten(jax.lax.pmean(flat, "devices"))
 
 
+def to_sequences(x: Array, length: int) -> Array:
+    """[T, B, ...] -> [W, K B, ...], K sequences of length W of each environment."""
+    x = x.reshape(-1, length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
+    return x.reshape(length, -1, *x.shape[3:])
+
+
 def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
-    """Epochs of gradient steps on data [T, B, ...] that begins with memory [B, ...], in minibatches of
-    windows -> agent, opt_state, metrics.
+    """Epochs of gradient steps on windows [W, K B, ...] that begin with memory [K B, ...], in minibatches of
+    them -> agent, opt_state, metrics.
     """
-    batch, advantages, returns = data
-    inputs = [memory.inputs, batch.inputs.swapaxes(0, 1)]
-    inputs = jnp.concatenate(inputs, axis=1)  # [B, M + T, L, D]
-    ages = episode_ages(memory.age, batch.reset)
-    ages = jnp.concatenate([memory.age[None], ages])  # [T + 1, B], before each step
-
-    def to_windows(x):  # [T, B, ...] -> [W, K B, ...], K windows of each environment
-        x = x.reshape(-1, args.window_length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
-        return x.reshape(args.window_length, args.num_windows, *x.shape[3:])
-
-    def memory_before(index):  # of a window
-        window, env = jnp.divmod(index, args.num_envs)
-        step = window * args.window_length
-        before = jax.lax.dynamic_slice_in_dim(inputs[env], step, args.memory_length)
-        return Memory(before, ages[step, env])
-
-    data = jax.tree.map(to_windows, (batch._replace(inputs=None), advantages, returns))
 
     def minibatch_step(learner, indices):
         agent, opt_state = learner
-        start = jax.vmap(memory_before)(indices)  # [S, ...]
+        start = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
         minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [W, S, ...]
         output = jax.grad(ppo_loss, has_aux=True)(agent, start, *minibatch, args)
         grads, metrics = mean_over_devices(output)  # all stop at the same target_kl
@@ -720,20 +697,20 @@ def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000
         return alive.any() & (lengths.max() < max_steps)
 
     def act_and_step(carry):
-        (env_state, obs, reset, cache), key, returns, lengths, alive = carry
+        (env_state, obs, reset, memory), key, returns, lengths, alive = carry
         env_key, key = jax.random.split(key)
-        cache, _, logprobs, _ = state.agent.cached_step(cache, obs, reset)
+        memory, logprobs, _ = state.agent.step(memory, obs, reset)
         env_state, timestep = env.step(env_key, env_state, logprobs.argmax(axis=-1))
         returns += jnp.where(alive, timestep.reward, 0.0)
         lengths += alive
         done = timestep.terminated | timestep.truncated
         alive &= ~done
-        return Acting(env_state, timestep.obs, done, cache), key, returns, lengths, alive
+        return Acting(env_state, timestep.obs, done, memory), key, returns, lengths, alive
 
     reset_key, key = jax.random.split(key)
     env_state, obs = env.reset(reset_key)
     zeros, memory = jnp.zeros(obs.shape[0]), state.agent.initial_memory(obs.shape[0])
-    acting = Acting(env_state, obs, zeros == 0, state.agent.open_cache(memory))
+    acting = Acting(env_state, obs, zeros == 0, state.agent.open(memory))
     carry = (acting, key, zeros, zeros, zeros == 0)
     _, _, returns, lengths, _ = jax.lax.while_loop(playing, act_and_step, carry)
     return returns, lengths

@@ -535,12 +535,16 @@ def prepare(agent: Agent, memory, batch: Transition, acting: Acting, args: Args)
     )
     assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
 
-    def to_sequences(x):  # [T, B, ...] -> [W, K B, ...], K sequences of each environment
-        x = x.reshape(-1, args.sequence_length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
-        return x.reshape(args.sequence_length, args.num_sequences, *x.shape[3:])
+    length, learned = args.sequence_length, batch._replace(next_obs=None)
+    to = partial(to_sequences, length=length)
+    data = jax.tree.map(to, (learned, advantages, returns))
+    return *remember(agent, memory, batch, length), data
 
-    data = jax.tree.map(to_sequences, (batch._replace(next_obs=None), advantages, returns))
-    return *remember(agent, memory, batch, args.sequence_length), data
+
+def to_sequences(x: Array, length: int) -> Array:
+    """[T, B, ...] -> [W, K B, ...], K sequences of length W of each environment."""
+    x = x.reshape(-1, length, *x.shape[1:]).swapaxes(0, 1)  # [W, K, B, ...]
+    return x.reshape(length, -1, *x.shape[3:])
 
 
 def update(agent, opt_state, tx, learning_rate, as_acted, seen, key, args: Args):

@@ -168,7 +168,11 @@ def parts_of(script, changes: dict) -> dict:
     env = script.make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs)
     init, train_iteration = script.make_train(args, env)
     state, key = jax.jit(init)(jax.random.key(0)), jax.random.key(1)
-    roll_out = lambda state: script.rollout(state.agent, env, state.acting, key, args.num_steps)
+
+    def roll_out(state):
+        acting = state.acting._replace(memory=state.agent.open(state.acting.memory))
+        return script.rollout(state.agent, env, acting, key, args.num_steps)
+
     uncached = lambda state: rollout_without_cache(state.agent, env, state.acting, key, 16)
     parts = {"iteration": train_iteration, "rollout": roll_out}
     parts |= {"rollout without cache, 16 steps": uncached}
@@ -183,7 +187,8 @@ def rollout_without_cache(agent, env, acting, key, num_steps: int):
 
     def act_and_step(acting, key):
         env_state, obs, reset, memory = acting
-        memory, logprobs, value = agent.step(memory, obs, reset)
+        step = agent.unroll(memory, obs[None], reset[None])
+        memory, (logprobs, value) = step[0], [x[0] for x in step[1:]]
         action = jax.random.categorical(key, logprobs)
         env_state, timestep = env.step(key, env_state, action)
         done = timestep.terminated | timestep.truncated

@@ -10,6 +10,7 @@ from typing import NamedTuple
 ONE, SIX, TEN = range(1, 2), range(1, 7), range(1, 11)
 MINATAR = ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
 FAULT_STEPS = 1_000_000  # of each run of pqn_fault
+MINATAR_STEPS = "--total-timesteps 10000000"
 
 
 class Task(NamedTuple):
@@ -102,7 +103,12 @@ RESULTS = {
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
     "pqn_cartpole": Task("pqn.py", "CartPole-v1", CARTPOLE_BY_PQN, TEN, 475),
-    "pqn_breakout": Task("pqn.py", "Breakout-MinAtar", bar=28),
+    **{
+        f"pqn_{game.lower()}": Task(
+            "pqn.py", f"{game}-MinAtar", f"--env-id gymnax::{game}-MinAtar {MINATAR_STEPS}", bar=bar
+        )
+        for game, bar in zip(MINATAR, (15, 28, 58, 131), strict=True)  # PPO's in gymnax
+    },
     "sacd_cartpole": Task("sacd.py", "CartPole-v1", "", TEN, 475),
     "td3_pendulum": Task("td3.py", "Pendulum-v1", "", TEN, -160),
     "sac_pendulum": Task("sac.py", "Pendulum-v1", "", SIX, -160),

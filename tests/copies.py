@@ -23,6 +23,7 @@ VARY = {
     "Transition": "so is what its update needs of a step",
     "rollout": "and how it acts: memory, noise, threads",
     "Acting": "what acting carries from step to step: a memory, running sums",
+    "OWN_MEMORIES": "which memory stands in the script",
     "ppo_loss": "of steps, or of sequences that begin with a memory",
     "Layer": "of a Transformer, with sums or with gates",
     "TrainState": "each algorithm carries its own state",

@@ -121,7 +121,7 @@ SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
 SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
 SMALL["rppo"] = SMALL["ppo"] | {"embed_dim": 32}
-SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"hidden_size": 32, "sequence_length": 8}
+SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"embed_dim": 32, "sequence_length": 8}
 SMALL["ppo_trxl"] = SMALL["ppo"] | {"memory_length": 6, "window_length": 8, "embed_dim": 32}
 SMALL["ppo_gtrxl"] = SMALL["ppo_trxl_pmap"] = SMALL["ppo_trxl"]
 
@@ -199,6 +199,17 @@ def learn(name, env, num_iterations=60, **changes):
     return Learned(state, value, lambda obs: most_probable(state.agent(obs)[:-1]))
 
 
+def opened(agent, memory):
+    """What acting carries, where it is not what learning starts from."""
+    return agent.open(memory) if hasattr(agent, "open") else memory
+
+
+def act_from(script, agent, env, acting, key, num_steps=64):
+    """A rollout of a script with a memory -> where it ended, the memory opened, and the batch."""
+    start = acting._replace(memory=opened(agent, acting.memory))
+    return script.rollout(agent, env, start, key, num_steps)
+
+
 def run_on_devices(count, *command, **options):
     """Runs Python on that many simulated devices, with the scripts and tests at hand."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
@@ -216,7 +227,7 @@ def run_on_devices(count, *command, **options):
 def greedy_player(name, state, num_envs=NUM_ENVS):
     """-> act(obs, reset), the greedy actions of what the script has trained, for a plain loop."""
     if name in MEMORY:
-        memory = state.agent.initial_memory(num_envs)
+        memory = opened(state.agent, state.agent.initial_memory(num_envs))
 
     def act(obs, reset):
         nonlocal memory

@@ -29,7 +29,7 @@ FLAGS = FLAGS.split()
 ORACLE = """
     import dataclasses, functools, jax, jax.numpy as jnp, numpy as np, ppo_trxl, ppo_trxl_pmap
     from unittest import mock
-    from probes import real_env, small_args
+    from probes import act_from, real_env, small_args
 
     DEVICES = 4
     assert jax.device_count() == DEVICES
@@ -45,15 +45,19 @@ ORACLE = """
         '''An iteration by ppo_trxl.py of what the devices do, side by side.'''
         rollout_key, update_key, _ = jax.random.split(state.key, 3)
         shares = [jax.tree.map(lambda x: jnp.split(x, DEVICES)[d], state.acting) for d in range(DEVICES)]
-        ends, batches = zip(*[
-            ppo_trxl.rollout(
-                state.agent, env, ppo_trxl.Acting(*acting), jax.random.fold_in(rollout_key, d), args.num_steps
-            )
-            for d, acting in enumerate(shares)
-        ])
+        act = lambda d, acting: act_from(
+            ppo_trxl, state.agent, env, acting, jax.random.fold_in(rollout_key, d), args.num_steps
+        )
+        ends, batches = zip(*[act(d, ppo_trxl.Acting(*acting)) for d, acting in enumerate(shares)])
+        last_value = jnp.concatenate(
+            [state.agent.step(end.memory, end.obs, end.reset)[-1] for end in ends]
+        )
         join = lambda axis: lambda *x: jnp.concatenate(x, axis)
-        batch, end = jax.tree.map(join(1), *batches), jax.tree.map(join(0), *ends)
-        last_value = state.agent.step(end.memory, end.obs, end.reset)[-1]
+        batch = jax.tree.map(join(1), *batches)
+        end = jax.tree.map(join(0), *[end._replace(memory=None) for end in ends])
+        memory, starts = ppo_trxl.remember(
+            state.agent, state.acting.memory, batch, args.window_length
+        )
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
         data = ppo_trxl.compute_gae(
             rewards, batch.value, batch.done, last_value, args.gamma, args.gae_lambda
@@ -73,13 +77,14 @@ ORACLE = """
         tx = ppo_trxl.optax.chain(clip, ppo_trxl.optax.scale_by_adam(eps=1e-5))
         with mock.patch.object(jnp, "argsort", lambda bits: order):
             agent, _, metrics = ppo_trxl.update(
-                state.agent, state.opt_state, tx, learning_rate, state.acting.memory,
-                (batch, *data), update_key, together,
+                state.agent, state.opt_state, tx, learning_rate, starts,
+                jax.tree.map(lambda x: ppo_trxl.to_sequences(x, args.window_length), (batch, *data)),
+                update_key, together,
             )
         _, episodes = ppo_trxl.record_episodes(state.episode_stats, batch.reward, batch.done)
         explained = 1 - jnp.var(data[1] - batch.value) / jnp.var(data[1])
         metrics |= {"losses/explained_variance": explained} | episodes
-        return agent, end, metrics
+        return agent, end._replace(memory=memory), metrics
 
 
     def compare(args, num_iterations):
@@ -127,7 +132,7 @@ def test_four_devices_learn_what_one_device_learns(tmp_path):
     four_devices(program, tmp_path)
     program = """
         import pathlib, sys, jax, numpy as np, ppo_trxl_pmap
-        from probes import real_env, small_args
+        from probes import act_from, real_env, small_args
 
         size = 16 // jax.device_count()
         args = small_args("ppo_trxl_pmap", num_envs=size, num_layers=1, num_minibatches=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from flax import nnx
-from probes import NUM_ENVS, learn, probe, quick, real_env, small_args
+from probes import NUM_ENVS, act_from, learn, probe, quick, real_env, small_args
 
 import ppo_gtrxl
 import rppo
@@ -222,22 +222,22 @@ def test_what_was_acted_on_is_what_is_learned_from(name, shared):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     agent, start = jax.tree.unflatten(structure, noisy), state.acting
-    rollout, batches = jax.jit(lambda *x: rppo.rollout(agent, env, *x, 40)), []
+    rollout, batches = jax.jit(lambda *x: act_from(rppo, agent, env, *x, 40)), []
     for seed in (1, 2):
         after, batch = rollout(start, jax.random.key(seed))
         assert batch.done.sum() >= NUM_ENVS
-        _, logprobs, value = agent.unroll(start.memory, batch.obs, batch.reset)
+        memory, logprobs, value = agent.unroll(start.memory, batch.obs, batch.reset)
         logprob = jnp.take_along_axis(logprobs, batch.action[..., None], axis=-1)[..., 0]
         np.testing.assert_allclose(logprob, batch.logprob, atol=1e-4)
         np.testing.assert_allclose(value, batch.value, atol=1e-4)
-        start = after
+        *_, last_value = agent.step(after.memory, after.obs, after.reset)
+        start = after._replace(memory=memory)
         batches.append(batch)
     # Both rollouts unrolled as one: the second began with what the first had left.
     obs, reset, value = [
         jnp.concatenate([getattr(batch, x) for batch in batches]) for x in ("obs", "reset", "value")
     ]
     np.testing.assert_allclose(agent.unroll(state.acting.memory, obs, reset)[-1], value, atol=1e-4)
-    *_, last_value = agent.step(agent.open(start.memory), start.obs, start.reset)
     _, following = rollout(start, jax.random.key(3))
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-4)
 

@@ -14,8 +14,10 @@ from probes import (
     DISTINCT,
     MEMORY,
     NUM_ENVS,
+    act_from,
     learn,
     log_prob,
+    opened,
     probe,
     quick,
     real_env,
@@ -72,16 +74,21 @@ def unroll(agent, memory, obs, reset, lengths):
 
 
 def step_by_step(agent, memory, obs, reset):
-    parts = []
+    acting, parts = opened(agent, memory), []
     for x, r in zip(obs, reset, strict=True):
-        memory, *out = compiled_step(agent, memory, x, r)
+        acting, *out = compiled_step(agent, acting, x, r)
         parts.append([out[0], out[-1]])  # log-probs or means, and values
-    return memory, [jnp.stack(x) for x in zip(*parts, strict=True)]
+    return acting, [jnp.stack(x) for x in zip(*parts, strict=True)]
 
 
 def assert_close(one, other, **tolerance):
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x, y, **({"atol": 2e-5, "rtol": 1e-4} | tolerance))
+
+
+def used_memory(agent, name):
+    """One in the middle of episodes."""
+    return unroll(agent, agent.initial_memory(5), *steps_of(name, seed=7), [NUM_STEPS])[0]
 
 
 LONGER = ("ppo_gtrxl", "rppo")  # test_memories.py looks at that of rppo.py
@@ -94,13 +101,18 @@ VARIANTS += [pytest.param(*variant, marks=pytest.mark.thorough) for variant in O
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
 def test_unroll_is_as_many_steps_and_the_sum_of_its_pieces(name, changes):
-    """Outputs and last memory, from a memory that is not empty, with resets at random places."""
+    """Outputs and what the memories answer next, from one that is not empty, with resets at random."""
     agent = agent_of(name, **changes)
     obs, reset = steps_of(name)
-    memory, _ = step_by_step(agent, agent.initial_memory(5), *steps_of(name, seed=7))
-    whole = unroll(agent, memory, obs, reset, [NUM_STEPS])
-    assert_close(whole, step_by_step(agent, memory, obs, reset))
-    assert_close(whole, unroll(agent, memory, obs, reset, [1, 9, 1, 13]))
+    memory = used_memory(agent, name)
+    last, whole = unroll(agent, memory, obs, reset, [NUM_STEPS])
+    acting, by_steps = step_by_step(agent, memory, obs, reset)
+    pieced, pieces = unroll(agent, memory, obs, reset, [1, 9, 1, 13])
+    assert_close(whole, by_steps)
+    assert_close((last, whole), (pieced, pieces))
+    more, no = steps_of(name, seed=5)[0], jnp.zeros(5, bool)
+    answers = [compiled_step(agent, x, more[0], no)[1:] for x in (acting, opened(agent, last))]
+    assert_close(*answers)
 
 
 @pytest.mark.thorough
@@ -110,7 +122,7 @@ def test_a_first_memory_needs_no_reset(name, changes):
     obs, reset = steps_of(name)
     empty = agent.initial_memory(5)
     begins = reset.at[0].set(True)
-    used, _ = step_by_step(agent, empty, *steps_of(name, seed=7))
+    used = used_memory(agent, name)
     with_reset = unroll(agent, used, obs, begins, [NUM_STEPS])[1]
     assert_close(unroll(agent, empty, obs, reset.at[0].set(False), [NUM_STEPS])[1], with_reset)
     assert_close(unroll(agent, empty, obs, begins, [NUM_STEPS])[1], with_reset)
@@ -121,7 +133,7 @@ def test_nothing_passes_a_reset_nor_comes_from_the_future(name, changes):
     agent = agent_of(name, **changes)
     obs, _ = steps_of(name)
     reset = jnp.zeros(obs.shape[:2], bool).at[10].set(True)
-    memory, _ = step_by_step(agent, agent.initial_memory(5), *steps_of(name, seed=7))
+    memory = used_memory(agent, name)
     both = lambda obs, memory=memory: [
         unroll(agent, memory, obs, reset, [NUM_STEPS])[1],
         step_by_step(agent, memory, obs, reset)[1],
@@ -148,19 +160,18 @@ def test_the_ratio_is_1_before_the_first_update(name):
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
     agent = agent_of(name)
     start = state.acting
+    rollout = jax.jit(lambda *x: act_from(script, agent, env, *x))
     for seed in (1, 2):
-        rollout = jax.jit(lambda *x: script.rollout(agent, env, *x, 64))
         after, batch = rollout(start, jax.random.key(seed))
         assert batch.done.sum() >= NUM_ENVS
         np.testing.assert_array_equal(batch.reset[1:], batch.done[:-1])
         memory, *pi, value = agent.unroll(start.memory, batch.obs, batch.reset)
         assert jnp.abs(jnp.exp(log_prob(pi, batch.action) - batch.logprob) - 1).max() < 1e-4
         np.testing.assert_allclose(value, batch.value, atol=1e-4)
-        assert_close(memory, after.memory, atol=1e-4)
-        start = after
-    _, following = script.rollout(agent, env, start, jax.random.key(3), 1)
-    last_value = agent.step(start.memory, start.obs, start.reset)[-1]
-    np.testing.assert_allclose(last_value, following.value[0], atol=1e-5)
+        last_value = agent.step(after.memory, after.obs, after.reset)[-1]
+        start = after._replace(memory=memory)
+    _, following = act_from(script, agent, env, start, jax.random.key(3), 1)
+    np.testing.assert_allclose(last_value, following.value[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", quick(MEMORY, "ppo_lstm"))
@@ -168,9 +179,9 @@ def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name
     script, env = importlib.import_module(name), real_env(name, limit=7)
     agent = agent_of(name)
     start = acting(script, agent, env)
-    _, batch = script.rollout(agent, env, start, jax.random.key(1), 8)
+    _, batch = act_from(script, agent, env, start, jax.random.key(1), 8)
     env = real_env(name, limit=1000)
-    _, without_limit = script.rollout(agent, env, start, jax.random.key(1), 8)
+    _, without_limit = act_from(script, agent, env, start, jax.random.key(1), 8)
     cut = (batch.final_value[6] != 0) & ~without_limit.done[:7].any(axis=0)
     assert cut.sum() > NUM_ENVS // 2
     np.testing.assert_allclose(batch.final_value[6][cut], without_limit.value[7][cut], atol=1e-5)
@@ -248,33 +259,37 @@ def test_a_time_limit_is_bootstrapped_with_the_memory(name):
 
 @pytest.mark.thorough
 def test_recomputed_carries_are_those_of_the_agent_that_acts():
-    """The rollout begins with the carry that the new agent has after the last rollout."""
+    """The next rollout begins with the carry that the new agent has after the last one."""
     args, env = small_args("ppo_lstm", recompute_carries=True), real_env("ppo_lstm")
     init, train_iteration = ppo_lstm.make_train(args, env)
-    first = jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[0]
-    fresh = first.agent.unroll(*first.past)[0]
-    assert (
-        jnp.abs(fresh[0] - first.acting.memory[0]).max() > 1e-3
-    )  # one update made the old one stale
-    second = jax.jit(train_iteration)(first)[0]
-    assert_close(second.past[0], fresh)
-    np.testing.assert_array_equal(second.past[1][0], first.acting.obs)
+    before = jax.jit(init)(jax.random.key(0))
+    after = jax.jit(train_iteration)(before)[0]
+    rollout_key, *_ = jax.random.split(before.key, 3)
+    stale, batch = ppo_lstm.rollout(before.agent, env, before.acting, rollout_key, args.num_steps)
+    fresh = after.agent.unroll(before.acting.memory, batch.obs, batch.reset)[0]
+    assert_close(after.acting.memory, fresh)
+    assert jnp.abs(fresh[0] - stale.memory[0]).max() > 1e-3
 
 
-def sequences(args, seed=0):
-    """A batch of random numbers that the loss of rppo_continuous.py takes, and its memory."""
+def seen_by(agent, args, seed=0):
+    """Memory, batch and where acting stood after it, in rppo_continuous.py."""
     env = real_env("rppo_continuous")
-    agent = agent_of("rppo_continuous")
     start = acting(rppo_continuous, agent, env, seed)
-    after, batch = rppo_continuous.rollout(agent, env, start, jax.random.key(1), args.num_steps)
-    return agent, batch, after
+    start = start._replace(memory=agent.unroll(start.memory, *steps_of_all())[0])
+    key = jax.random.key(1)
+    after, batch = act_from(rppo_continuous, agent, env, start, key, args.num_steps)
+    return start.memory, batch, after
+
+
+def steps_of_all():
+    return steps_of("rppo_continuous", seed=7, num_envs=NUM_ENVS)
 
 
 @pytest.mark.thorough
-def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
+def test_burn_in_warms_the_memory_up_and_gives_no_gradient():
     args = small_args("rppo_continuous", burn_in=3, norm_adv=False)
-    agent, batch, after = sequences(args)
-    memory, data = rppo_continuous.prepare(agent, batch, after, args)
+    agent = agent_of("rppo_continuous")
+    _, memory, data = rppo_continuous.prepare(agent, *seen_by(agent, args), args)
     changed = jax.tree.map(lambda x: 0.9 * x, agent)  # so that warming up makes a difference
     grad = jax.grad(rppo_continuous.ppo_loss, has_aux=True)
     burnt = grad(changed, memory, *data, args)[0]
@@ -283,31 +298,39 @@ def test_burn_in_warms_the_carry_up_and_gives_no_gradient():
     plain = dataclasses.replace(args, burn_in=0)
     assert_close(burnt, grad(changed, warm, *rest, plain)[0], atol=1e-6)
     cold = grad(changed, memory, *rest, plain)[0]
-    one, other = [x.actor.lstm.recurrent.kernel[...] for x in (cold, burnt)]
+    one, other = [x.bodies[0].memory.recurrent.kernel[...] for x in (cold, burnt)]
     assert jnp.abs(one - other).max() > 1e-6
 
 
-def test_sequences_begin_with_the_carry_of_their_first_step():
-    args = small_args("rppo_continuous")
-    agent, batch, after = sequences(args)
-    memory, (cut, advantages, returns) = rppo_continuous.prepare(agent, batch, after, args)
+@pytest.mark.parametrize("memory_name", ["lstm", "gtrxl"])
+def test_sequences_begin_with_the_memory_before_their_first_step(memory_name):
+    args = small_args("rppo_continuous", memory=memory_name)
+    agent = agent_of("rppo_continuous", memory=memory_name)
+    before, batch, stood = seen_by(agent, args)
+    after, memory, (cut, advantages, _) = rppo_continuous.prepare(agent, before, batch, stood, args)
     assert cut.obs.shape[:2] == advantages.shape == (8, 2 * NUM_ENVS)
     np.testing.assert_array_equal(cut.reward[:, NUM_ENVS:], batch.reward[8:])
-    assert_close(
-        jax.tree.map(lambda x: x[NUM_ENVS:], memory), jax.tree.map(lambda x: x[8], batch.memory)
-    )
+    first = before
+    for start, end in ((0, 8), (8, 16)):
+        own = slice(start * NUM_ENVS // 8, end * NUM_ENVS // 8)
+        assert_close(jax.tree.map(lambda x, own=own: x[own], memory), first, atol=1e-4)
+        first, *_, value = agent.unroll(first, batch.obs[start:end], batch.reset[start:end])
+        np.testing.assert_allclose(value, batch.value[start:end], atol=1e-4)
+    assert_close(after, first, atol=1e-4)
     _, *pi, _ = agent.unroll(memory, cut.obs, cut.reset)
-    np.testing.assert_allclose(log_prob(pi, cut.action), cut.logprob, atol=1e-5)
+    np.testing.assert_allclose(log_prob(pi, cut.action), cut.logprob, atol=1e-4)
 
 
 def test_replaying_a_batch_with_the_same_agent_changes_nothing():
-    args = small_args("rppo_continuous")
-    agent, batch, after = sequences(args)
-    assert_close(rppo_continuous.replay(agent, batch, after), (batch, after))
+    args, agent = small_args("rppo_continuous"), agent_of("rppo_continuous")
+    seen = seen_by(agent, args)
+    assert_close(rppo_continuous.replay(agent, *seen), seen)
     changed = jax.tree.map(lambda x: 0.9 * x, agent)
-    fresh, _ = rppo_continuous.replay(changed, batch, after)
-    *_, value = changed.unroll(jax.tree.map(lambda x: x[0], batch.memory), batch.obs, batch.reset)
+    memory, batch, _ = seen
+    _, fresh, stood = rppo_continuous.replay(changed, *seen)
+    after, *_, value = changed.unroll(memory, batch.obs, batch.reset)
     np.testing.assert_allclose(fresh.value, value, atol=1e-5)
+    assert_close(stood.memory, after)
     assert jnp.abs(fresh.value - batch.value).max() > 1e-3
 
 
@@ -398,7 +421,7 @@ def test_no_gradient_flows_into_the_memory():
 
     def value_of_the_last(agent, obs):
         memory, *_ = agent.unroll(agent.initial_memory(5), obs[:-1], reset[:-1] & False)
-        return agent.step(memory, obs[-1], reset[-1] & False)[-1].sum()
+        return agent.step(agent.open(memory), obs[-1], reset[-1] & False)[-1].sum()
 
     grads = jax.grad(value_of_the_last, argnums=1)(agent, obs)
     assert jnp.abs(grads[:-1]).max() == 0 and jnp.abs(grads[-1]).max() > 0
@@ -441,10 +464,10 @@ def products(jaxpr):
                 yield from products(part.jaxpr)
 
 
-@pytest.mark.parametrize("script", [ppo_lstm, rppo_continuous])
-def test_chrono_length_spreads_how_long_the_cells_remember(script):
+def test_chrono_length_spreads_how_long_the_cells_remember():
     """A cell with forget gate f forgets in 1 / (1 - f) = 1 + exp(bias) steps: here 2 to 1 + 100."""
-    split = lambda length: np.split(script.LSTM(3, 500, length, nnx.Rngs(0)).inputs.bias[...], 4)
+    make = lambda length: ppo_lstm.LSTM(500, nnx.Rngs(0), chrono_length=length)
+    split = lambda length: np.split(make(length).inputs.bias[...], 4)
     ignore, forget, *others = split(100)
     np.testing.assert_array_equal(ignore, -forget)
     memories = np.exp(forget)
