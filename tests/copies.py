@@ -25,6 +25,7 @@ VARY = {
     "Acting": "what acting carries from step to step: a memory, running sums",
     "OWN_MEMORIES": "which memory stands in the script",
     "ppo_loss": "of steps, or of sequences that begin with a memory",
+    "pqn_loss": "likewise",
     "Layer": "of a Transformer, with sums or with gates",
     "TrainState": "each algorithm carries its own state",
     "make_train": "the wiring of the algorithm",

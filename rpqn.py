@@ -1,0 +1,959 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10,<0.12",
+#   "flax>=0.12.8,<0.13",
+#   "optax>=0.2.8,<0.3",
+#   "gymnasium[box2d]>=1.3,<1.4",
+#   "gymnax>=1.0.1,<1.1",
+#   "six>=1.16,<2",  # gymnax imports it without saying so
+#   "envpool>=1.2.5,<1.3",
+#   "orbax-checkpoint>=0.12,<0.13",
+#   "tyro>=1.0,<1.1",
+#   "tqdm>=4.66,<5",
+#   "matplotlib>=3.9,<4",
+# ]
+# ///
+"""Parallelised Q-network with any memory: Q-learning without replay buffer and target network, in one file.
+
+Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv:2407.04811. Targets: Peng and
+Williams 1994, "Incremental Multi-Step Q-Learning": Q(lambda) that goes on where the agent explored. The
+memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memories/.
+
+    python rpqn.py                                  # CartPole-v1 without the velocities
+    python rpqn.py --memory s5                      # memories/s5.py instead of the GRU in this file
+
+Expected: EXPECTED
+
+Differs from pqn.py in: a memory between the two hidden layers, which is cleared before the first observation of
+an episode; minibatches are whole rollouts of some environments, unrolled from the memory before them.
+The value of the observation after the last one, or beyond a time limit, is that of a further step.
+
+Differs from the paper: a time limit is not taken for the end of the task (Pardo et al. 2018,
+arXiv:1712.00378).
+"""
+
+import os
+import time
+
+LAUNCHED = time.time()  # before the slow imports, so that `seconds` in metrics.csv counts them
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")  # if the CPU has AVX-512
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/unroll"))
+
+import dataclasses
+import json
+import re
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module, metadata, util
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+import tyro
+from flax import nnx
+from jax import Array
+from jax.experimental import buffer_callback, io_callback
+
+CALL_STEPS = 8_192  # shorter iterations share a call, and with it a row of metrics.csv
+IN_HASTE = {"xla_backend_optimization_level": 0}  # compiler options for what runs only once
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "gymnax::CartPole-v1"  # suite::name (gymnax, gymnasium, envpool, envs/)
+    env_kwargs: str = "{}"  # JSON object of arguments for the environment
+    mask_obs: tuple[int, ...] | None = None  # to hide, None: velocities if gymnax::CartPole-v1
+    seed: int = 1  # seed of the first agent
+    num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
+    total_timesteps: int = 500_000  # environment steps of each agent
+    num_envs: int = 32  # parallel environments
+    num_steps: int = 64  # steps in each environment between two updates
+    learning_rate: float = 1e-3  # RAdam's step size at the start
+    anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
+    gamma: float = 0.99  # discount factor
+    q_lambda: float = 0.95  # lambda of the returns: 0 for one step, 1 for as many as there are
+    num_minibatches: int = 8  # minibatches in each epoch, of whole environments
+    update_epochs: int = 4  # passes over each batch
+    start_e: float = 1.0  # epsilon at the start: the share of random actions
+    end_e: float = 0.05  # epsilon at the end
+    exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
+    max_grad_norm: float = 10.0  # largest global norm of a gradient
+    reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
+    memory: str = "gru"  # a file of memories/ by its name, or file.py:Class
+    memory_kwargs: str = "{}"  # JSON object of arguments for the memory
+    embed_dim: int = 64  # width of the first hidden layer and the memory
+    hidden_size: int = 64  # width of the second hidden layer
+    target_return: float | None = None  # stop when the last 100 training episodes average this
+    eval_episodes: int = 100  # greedy episodes at the end, 0 for none
+    eval_env_id: str | None = None  # where to play them, if not in env_id
+    checkpoint_every: int = 0  # iterations between checkpoints, 0 for one at the end
+    resume: Path | None = None  # run folder to go on with; its config.json fills in other flags
+    run_dir: Path | None = None  # folder of the run, runs/<script>__<env>__<seed>__<time> if None
+    track: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to TensorBoard too
+
+    def __post_init__(self):
+        if self.mask_obs is None:
+            velocities = (1, 3) if self.env_id == "gymnax::CartPole-v1" else ()
+            object.__setattr__(self, "mask_obs", velocities)
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with status 2 and one line on stderr that says what to change."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_ranges(args: Any, at_least_1: str, at_most_1: str, signed="target_return") -> None:
+    """Refuses nan, inf, numbers below 0, and flags below or above 1 that must not be."""
+    lows = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(signed.split(), -(10**9))
+    highs = dict.fromkeys(at_most_1.split(), 1) | {"seed": 2**30}
+    for name, value in vars(args).items():
+        low, high = lows.get(name, 0), highs.get(name, 1e38)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not low <= x <= high:
+                fail(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with status 2 if a flag has a value that cannot work."""
+    counts = "num_seeds num_envs num_steps num_minibatches update_epochs embed_dim hidden_size"
+    check_ranges(
+        args, at_least_1=counts, at_most_1="gamma q_lambda start_e end_e exploration_fraction"
+    )
+    if args.num_envs % args.num_minibatches:
+        divisors = [n for n in range(1, args.num_envs + 1) if args.num_envs % n == 0]
+        fail(f"--num-minibatches must divide --num-envs: take one of {divisors}")
+    if args.num_iterations < 1:
+        fail(f"--total-timesteps must be at least one batch, {args.batch_size}")
+    load_memory(args.memory, args.memory_kwargs, args.embed_dim)
+
+
+def check_env(env_id: str, env: "Env") -> None:
+    """Ends the program with status 2 if this script cannot act in the environment."""
+    if env.action_low is not None:
+        fail(f"{env_id} has continuous actions: use sac.py")
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """Linear layer with orthogonal weights and zero bias."""
+    return nnx.Linear(in_size, out_size, kernel_init=nnx.initializers.orthogonal(scale), rngs=rngs)
+
+
+class GRU(nnx.Module):
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+
+    def __init__(self, size: int, rngs: nnx.Rngs):
+        self.size, init = size, nnx.initializers.orthogonal()
+        self.inputs = nnx.Linear(size, 3 * size, kernel_init=init, rngs=rngs)
+        self.recurrent = nnx.Linear(size, 3 * size, kernel_init=init, rngs=rngs)
+        self.inputs.bias[...] = self.inputs.bias[...].at[size : 2 * size].set(1.0)  # it remembers
+
+    def initial_memory(self, batch: int) -> Array:
+        """h [B, D]."""
+        return jnp.zeros((batch, self.size))
+
+    def open(self, memory: Array) -> Array:
+        return memory
+
+    def step(self, acting: Array, x: Array, reset: Array) -> tuple[Array, Array]:
+        """x [B, D], reset [B] -> h, y [B, D], which is h."""
+        h = self.cell(acting, self.inputs(x), reset)
+        return h, h
+
+    def unroll(self, memory: Array, x: Array, reset: Array) -> tuple[Array, Array]:
+        """x [T, B, D], reset [T, B] -> h, y [T, B, D]; one product for the inputs of all steps."""
+
+        def advance(h, step):
+            h = self.cell(h, *step)
+            return h, h
+
+        return jax.lax.scan(advance, memory, (self.inputs(x), reset))
+
+    def cell(self, h: Array, gates: Array, reset: Array) -> Array:
+        """h [B, D], what the inputs give to the gates [B, 3 D], reset [B] -> h."""
+        h = jnp.where(reset[:, None], 0.0, h)
+        x_r, x_z, x_n = jnp.split(gates, 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(self.recurrent(h), 3, axis=-1)
+        z = nnx.sigmoid(x_z + h_z)
+        n = nnx.tanh(x_n + nnx.sigmoid(x_r + h_r) * h_n)
+        return (1.0 - z) * n + z * h
+
+
+OWN_MEMORIES = {"gru": GRU}  # those that stand in this file
+
+
+@cache  # a class is to be made once
+def load_memory(name: str, kwargs: str, size: int) -> Callable:
+    """-> make(rngs), a memory of this width; bad input ends the program with status 2."""
+    file, _, of = name.partition(":")
+    path = Path(file) if file.endswith(".py") else Path(__file__).parent / f"memories/{file}.py"
+
+    def try_out():
+        memory, x, reset = make(rngs=nnx.Rngs(0)), jnp.zeros((2, size)), jnp.zeros(2, bool)
+        start = memory.initial_memory(2)
+        _, y = memory.step(memory.open(start), x, reset)
+        return y + memory.unroll(start, x[None], reset[None])[1][0]
+
+    try:
+        found = OWN_MEMORIES.get(name) or runpy.run_path(str(path))[of or "Memory"]
+        make = partial(found, size, **json.loads(kwargs))
+        if jax.eval_shape(try_out).shape != (2, size):
+            raise ValueError(f"what it returns must be as wide as what it takes, {size}")
+    except Exception as error:
+        known = ", ".join(sorted(x.stem for x in Path(__file__).parent.glob("memories/*.py")))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--memory {name} with --memory-kwargs '{kwargs}': {reason} (there are {known})")
+    return make
+
+
+class CNN(nnx.Module):
+    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F]."""
+
+    def __init__(self, obs_shape: tuple[int, ...], rngs: nnx.Rngs):
+        *size, channels = obs_shape
+        self.windows, layers = ((8, 4), (4, 2), (3, 1)), []
+        for (width, stride), features in zip(self.windows, (32, 64, 64), strict=True):
+            layers.append(linear(width * width * channels, features, 2**0.5, rngs))
+            size, channels = [(n - width) // stride + 1 for n in size], features
+        self.layers = nnx.List(layers)
+        self.out_size = size[0] * size[1] * channels
+
+    def __call__(self, image: Array) -> Array:
+        x = image / 255.0 if image.dtype == jnp.uint8 else image
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
+        for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
+            rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
+            shifts = [(i, j) for i in range(width) for j in range(width)]
+            parts = [x[..., i : i + rows : stride, j : j + cols : stride, :] for i, j in shifts]
+            x = nnx.relu(layer(jnp.concatenate(parts, axis=-1)))  # [..., H', W', features]
+        return x.reshape(*x.shape[:-3], self.out_size)
+
+
+class Agent(nnx.Module):
+    """Action values Q(obs, .): a memory between two hidden layers with LayerNorm; images pass an encoder."""
+
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
+        self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
+        in_size = self.encoder.out_size if self.encoder else obs_shape[0]
+        self.hidden_1 = linear(in_size, args.embed_dim, 2**0.5, rngs)
+        self.norm_1 = nnx.LayerNorm(args.embed_dim, rngs=rngs)
+        self.memory = load_memory(args.memory, args.memory_kwargs, args.embed_dim)(rngs=rngs)
+        self.hidden_2 = linear(args.embed_dim, args.hidden_size, 2**0.5, rngs)
+        self.norm_2 = nnx.LayerNorm(args.hidden_size, rngs=rngs)
+        # Stored as [out, in]: XLA's CPU gradient of a narrow [in, out] matrix is many times slower.
+        init, shape = nnx.initializers.orthogonal(1.0), (action_size, args.hidden_size)
+        self.head = nnx.Einsum("...i,oi->...o", shape, shape[:1], kernel_init=init, rngs=rngs)
+
+    def initial_memory(self, num_envs: int) -> Any:
+        """What learning starts from at the start of an episode, [B, ...]."""
+        return self.memory.initial_memory(num_envs)
+
+    def open(self, memory: Any) -> Any:
+        """The same for acting, as long as the parameters stay the same."""
+        return self.memory.open(memory)
+
+    def step(self, acting: Any, obs: Array, reset: Array) -> tuple[Any, Array]:
+        """obs [B, *obs_shape], reset [B] -> acting, action values [B, A]."""
+        acting, x = self.memory.step(acting, self.encode(obs), reset)
+        return acting, self.values(x)
+
+    def unroll(self, memory: Any, obs: Array, reset: Array) -> tuple[Any, Array]:
+        """obs [T, B, *obs_shape], reset [T, B] -> memory, action values [T, B, A]."""
+        memory, x = self.memory.unroll(memory, self.encode(obs), reset)
+        return memory, self.values(x)
+
+    def encode(self, obs: Array) -> Array:
+        """[..., *obs_shape] -> [..., D]."""
+        x = self.encoder(obs) if self.encoder else obs
+        return nnx.relu(self.norm_1(self.hidden_1(x)))
+
+    def values(self, x: Array) -> Array:
+        """[..., D] -> action values [..., A]."""
+        return self.head(nnx.relu(self.norm_2(self.hidden_2(x))))
+
+
+# --- Rollout --------------------------------------------------------------------------------------
+
+
+class Acting(NamedTuple):
+    """What goes on from one rollout to the next."""
+
+    env_state: Any
+    obs: Array  # [B, *obs_shape], what to act on next
+    reset: Array  # [B], obs begins an episode
+    memory: Any  # [B, ...], before obs: what learning starts from; in a rollout, opened
+
+
+class Transition(NamedTuple):
+    """One step of all environments; rollout stacks them to [T, B, ...]."""
+
+    obs: Array  # [B, *obs_shape]
+    reset: Array  # [B], obs begins an episode: clear the memory before it
+    action: Array  # [B]
+    value: Array  # [B], max_a Q(obs, a)
+    reward: Array  # [B]
+    done: Array  # [B], the action ended the episode
+    final_value: Array  # [B], max_a Q(next_obs, a) where a time limit cut the episode, else 0
+
+
+def epsilon_at(step: Array, args: Args) -> Array:
+    """The share of random actions, which falls linearly with the environment steps done."""
+    progress = step / jnp.maximum(args.exploration_fraction * args.total_timesteps, 1.0)
+    return args.start_e + (args.end_e - args.start_e) * jnp.clip(progress, 0.0, 1.0)
+
+
+def epsilon_greedy(q_values: Array, epsilon: Array, key: Array) -> Array:
+    """Action values [B, A] -> actions [B], each random with probability epsilon."""
+    explore_key, action_key = jax.random.split(key)
+    num_envs, action_size = q_values.shape
+    explore = jax.random.uniform(explore_key, (num_envs,)) < epsilon
+    random_action = jax.random.randint(action_key, (num_envs,), 0, action_size)
+    return jnp.where(explore, random_action, q_values.argmax(axis=-1))
+
+
+def rollout(agent: Agent, env: "Env", acting: Acting, epsilon: Array, key: Array, num_steps: int):
+    """Acts for num_steps steps -> Acting, Transition [T, B, ...]."""
+    action_keys, env_keys = jax.random.split(key, (2, num_steps))
+
+    def act_and_step(acting, keys):
+        (env_state, obs, reset, memory), (action_key, env_key) = acting, keys
+        memory, q_values = agent.step(memory, obs, reset)
+        action, value = epsilon_greedy(q_values, epsilon, action_key), q_values.max(axis=-1)
+        env_state, timestep = env.step(env_key, env_state, action)
+        # The task goes on beyond a time limit, so bootstrap there (arXiv:1712.00378, sec. 3).
+        cut = timestep.truncated & ~timestep.terminated
+        beyond = lambda: agent.step(memory, timestep.next_obs, jnp.zeros_like(cut))[1].max(axis=-1)
+        value_beyond = lambda: jnp.where(cut, beyond(), 0.0)
+        final_value = jax.lax.cond(cut.any(), value_beyond, lambda: jnp.zeros_like(value))
+        done = timestep.terminated | timestep.truncated
+        transition = Transition(obs, reset, action, value, timestep.reward, done, final_value)
+        return Acting(env_state, timestep.obs, done, memory), transition
+
+    return jax.lax.scan(act_and_step, acting, (action_keys, env_keys))
+
+
+# --- Targets --------------------------------------------------------------------------------------
+
+
+def compute_lambda_returns(rewards, values, dones, last_value, gamma: float, q_lambda: float):
+    """Targets of the action values, [T, B], from the last step to the first:
+
+        G_t = r_t + gamma (lambda G_t+1 + (1 - lambda) max_a Q(x_t+1, a)),  r_t alone where done
+
+    rewards (plus gamma * max_a Q(next_obs, a) where a time limit cut), values max_a Q(x_t, a), dones:
+    [T, B]; last_value: [B], that of the observation after the last step, also in the place of its G.
+    """
+    next_values = jnp.concatenate([values[1:], last_value[None]])  # [T, B]
+
+    def backward(target, step):
+        reward, next_value, done = step
+        target = reward + gamma * ~done * (q_lambda * target + (1.0 - q_lambda) * next_value)
+        return target, target
+
+    steps = (rewards, next_values, dones)
+    return jax.lax.scan(backward, last_value, steps, reverse=True)[1]
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def pqn_loss(agent: Agent, memory, batch: Transition, targets: Array):
+    """Half the squared error of Q(obs, action) against targets [T, S] of a minibatch that begins with
+    memory [S, ...] -> loss, metrics.
+    """
+    _, q_values = agent.unroll(memory, batch.obs, batch.reset)
+    q_values = jnp.take_along_axis(q_values, batch.action[..., None], axis=-1)[..., 0]  # [T, S]
+    assert q_values.shape == targets.shape == batch.reward.shape
+    loss = 0.5 * ((q_values - targets) ** 2).mean()
+    return loss, {"losses/td_loss": loss, "losses/q_values": q_values.mean()}
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """All that one iteration hands to the next: saving it is an exact checkpoint."""
+
+    agent: Agent
+    opt_state: optax.OptState
+    acting: Acting
+    episode_stats: "EpisodeStats"
+    key: Array
+    iteration: Array  # iterations done
+
+
+def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
+    """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
+    # RAdam needs no warm-up of the step size, which `update` is given.
+    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_radam())
+
+    def init(key: Array) -> TrainState:
+        agent_key, env_key, key = jax.random.split(key, 3)
+        agent = Agent(env.obs_shape, env.action_size, args, nnx.Rngs(agent_key))
+        env_state, obs = env.reset(env_key)
+        reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
+        acting = Acting(env_state, obs, reset, memory)
+        stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
+
+    def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+        agent, opt_state, acting, stats, key, iteration = state
+        rollout_key, update_key, key = jax.random.split(key, 3)
+        epsilon = epsilon_at(iteration * args.batch_size, args)
+        memory = acting.memory
+        acting = acting._replace(memory=agent.open(memory))
+        acting, batch = rollout(agent, env, acting, epsilon, rollout_key, args.num_steps)
+        assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
+        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+
+        # Where a time limit cut the episode: r' = r + gamma max_a Q(next_obs, a).
+        rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
+        _, last_q = agent.step(acting.memory, acting.obs, acting.reset)
+        last_value = last_q.max(axis=-1)
+        targets = compute_lambda_returns(
+            rewards, batch.value, batch.done, last_value, args.gamma, args.q_lambda
+        )
+        assert targets.shape == (args.num_steps, args.num_envs)
+
+        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
+        progress = args.anneal_lr * iteration / args.num_iterations
+        learning_rate = args.learning_rate * (1.0 - progress)
+        learner = (agent, opt_state, tx, learning_rate)
+        agent, opt_state, metrics = update(*learner, memory, (batch, targets), update_key, args)
+        metrics |= {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
+        return state, metrics | episode_metrics
+
+    return init, train_iteration
+
+
+def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
+    """Epochs of gradient steps on data [T, B, ...] that begins with memory [B, ...], in minibatches of
+    environments -> agent, opt_state, metrics.
+    """
+
+    def minibatch_step(learner, indices):
+        agent, opt_state = learner
+        start = jax.tree.map(lambda x: x[indices], memory)  # [S, ...]
+        minibatch = jax.tree.map(lambda x: x[:, indices], data)  # [T, S, ...]
+        grads, metrics = jax.grad(pqn_loss, has_aux=True)(agent, start, *minibatch)
+        updates, opt_state = tx.update(grads, opt_state)
+        agent = optax.apply_updates(agent, jax.tree.map(lambda u: -learning_rate * u, updates))
+        return (agent, opt_state), metrics
+
+    def epoch(learner, key):
+        order = jnp.argsort(jax.random.bits(key, (args.num_envs,)))  # random
+        return jax.lax.scan(minibatch_step, learner, order.reshape(args.num_minibatches, -1))
+
+    keys = jax.random.split(key, args.update_epochs)
+    learner, metrics = jax.lax.scan(epoch, (agent, opt_state), keys)
+    return *learner, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(state: TrainState, env: "Env", key: Array, max_steps: int = 108_000):
+    """Plays the actions of highest value for one episode in each environment -> returns, lengths [B].
+
+    Only first episodes count: those that end first are short. After max_steps, one counts as it is.
+    """
+
+    def playing(carry):
+        *_, lengths, alive = carry
+        return alive.any() & (lengths.max() < max_steps)
+
+    def act_and_step(carry):
+        (env_state, obs, reset, memory), key, returns, lengths, alive = carry
+        env_key, key = jax.random.split(key)
+        memory, q_values = state.agent.step(memory, obs, reset)
+        env_state, timestep = env.step(env_key, env_state, q_values.argmax(axis=-1))
+        returns += jnp.where(alive, timestep.reward, 0.0)
+        lengths += alive
+        done = timestep.terminated | timestep.truncated
+        alive &= ~done
+        return Acting(env_state, timestep.obs, done, memory), key, returns, lengths, alive
+
+    reset_key, key = jax.random.split(key)
+    env_state, obs = env.reset(reset_key)
+    zeros, memory = jnp.zeros(obs.shape[0]), state.agent.initial_memory(obs.shape[0])
+    acting = Acting(env_state, obs, zeros == 0, state.agent.open(memory))
+    carry = (acting, key, zeros, zeros, zeros == 0)
+    _, _, returns, lengths, _ = jax.lax.while_loop(playing, act_and_step, carry)
+    return returns, lengths
+
+
+# --- Environment: from here on the text is the same in every script -------------------------------
+
+
+class Timestep(NamedTuple):
+    """What a step gives, for all environments at once. Ended ones are reset in the same step."""
+
+    obs: Array  # [B, *obs_shape], what to act on next: after an end, of the new episode
+    next_obs: Array  # [B, *obs_shape], where the action led: after an end, of the old episode
+    reward: Array  # [B]
+    terminated: Array  # [B], the task ended
+    truncated: Array  # [B], a time limit cut it
+
+
+class Env(NamedTuple):
+    """A batch of environments as two pure functions; no action bounds where actions are discrete."""
+
+    reset: Callable  # key -> env_state, obs
+    step: Callable  # key, env_state, action -> env_state, Timestep
+    obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
+    action_size: int  # number of discrete actions, or of entries of a continuous one
+    action_low: np.ndarray | None = None
+    action_high: np.ndarray | None = None
+    hosted: bool = False  # stepped outside JAX: no vmap over seeds, no state in checkpoints
+
+
+def make_env(env_id: str, num_envs: int, seed=0, env_kwargs="{}", mask_obs=()) -> Env:
+    """Builds num_envs environments `suite::name`; bad input ends the program with status 2."""
+    suite, _, name = env_id.partition("::")
+    hosts = {"gymnasium": gymnasium_env, "envpool": envpool_env}
+    suites = {"gymnax": gymnax_env} | hosts
+    files = {path.stem: path for path in Path(__file__).parent.glob("envs/*.py")}
+    if suite not in suites | files:
+        fail(f"--env-id {env_id} must be suite::name, of {', '.join([*suites, *files])}, envs/*.py")
+    # Simulators give environment i the seed + i, so seeds in a row would share all but one.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 2)
+    try:
+        make = suites.get(suite) or runpy.run_path(str(files[suite]))["make"]
+        batch, of = (host_env, (num_envs, seed)) if suite in hosts else (vmap_env, ())
+        reset, step, actions, *rest = make(name, *of, **json.loads(env_kwargs))
+        reset, step = batch(num_envs, partial(shape_obs, mask_obs), reset, step, *rest)
+        obs = jax.eval_shape(reset, jax.random.key(0))[1]
+        return Env(reset, step, obs.shape[1:], *action_spec(actions), suite in hosts)
+    except ModuleNotFoundError as error:
+        how = f"envs/{suite}.py says how" if suite in files else f"pip install {error.name}"
+        fail(f"{env_id} needs {error.name}, which is missing: {how}")
+    except Exception as error:  # each simulator has its own
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{env_id} with --env-kwargs '{env_kwargs}' and --mask-obs {mask_obs}"
+        fail(f"{what}: {reason} ({where.filename}, line {where.lineno})")
+
+
+def shape_obs(mask_obs: tuple[int, ...], obs: Any) -> Array:
+    """Screens -> [B, H, W, C]; all else, trees too -> a float32 vector [B, size] without mask_obs."""
+    first, *others = parts = jax.tree.leaves(obs)
+    if first.ndim == 4 and sorted(first.shape[1:])[1] >= 36 and not others:
+        assert not mask_obs, "--mask-obs is for vectors, and these are images"
+        return jnp.moveaxis(first, 1, -1) if first.shape[1] < first.shape[3] else first
+    vector = jnp.concatenate([jnp.float32(x).reshape(len(x), -1) for x in parts], axis=1)
+    keep = np.delete(np.arange(vector.shape[1]), mask_obs)
+    assert keep.size, "--mask-obs hides every entry"
+    return vector[:, keep] if mask_obs else vector
+
+
+def action_spec(actions: Any) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+    """A number of actions, bounds (low, high) or a space of any suite -> action_size, low, high."""
+    kind = type(actions).__name__
+    if kind == "int" or (kind == "Discrete" and getattr(actions, "start", 0) == 0):
+        return int(getattr(actions, "n", actions)), None, None
+    if kind == "Box":
+        actions = tuple(np.broadcast_to(x, actions.shape) for x in (actions.low, actions.high))
+    if isinstance(actions, tuple) and np.ndim(actions[0]) < 2:
+        low, high = np.float32(actions).reshape(2, -1)
+        return low.size, low, high
+    raise ValueError(f"only Discrete (from 0) and one-dimensional Box actions work, not {actions}")
+
+
+def gymnax_env(name: str, **kwargs) -> tuple:
+    """Arguments go to the environment's parameters where they have such a field, else to itself."""
+    gymnax = import_module("gymnax")
+    changes = {x: kwargs.pop(x) for x in vars(gymnax.make(name)[1]) if x in kwargs}
+    env, params = gymnax.make(name, **kwargs)
+    params = params.replace(**changes)
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        return obs, state, reward, terminated, env.is_truncated(state, params)
+
+    return partial(env.reset_env, params=params), step, env.action_space(params)
+
+
+def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, envs_per_reset=1):
+    """One environment's functions -> an Env's. envs_per_reset that end in a step share an episode."""
+    num_new = max(1, num_envs // envs_per_reset)
+    reset, step = jax.jit(reset), jax.jit(step)  # so that they are traced once
+
+    def env_reset(key, number=num_envs):
+        obs, state = jax.vmap(reset)(jax.random.split(key, number))
+        return state, shape(obs)
+
+    def env_step(key, state, action):
+        keys = jax.random.split(key, num_envs + 1)  # one for each environment, one for resets
+        next_obs, state, reward, terminated, truncated = jax.vmap(step)(keys[:-1], state, action)
+        next_obs, done = shape(next_obs), terminated | truncated
+
+        def replace_ended():
+            chosen = (jnp.cumsum(done) - 1) % num_new  # [B], the k-th to end gets new episode k
+            replace = lambda old, new: jax.vmap(jnp.where)(done, new[chosen], old)
+            return jax.tree.map(replace, (state, next_obs), env_reset(keys[-1], num_new))
+
+        state, obs = jax.lax.cond(done.any(), replace_ended, lambda: (state, next_obs))
+        return state, Timestep(obs, next_obs, jnp.float32(reward), terminated, truncated)
+
+    return env_reset, env_step
+
+
+def gymnasium_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
+    """Any registered environment; of package:Name-v0, the package is imported first."""
+    gymnasium = import_module("gymnasium")
+
+    def make_one():
+        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
+        box = isinstance(env.observation_space, gymnasium.spaces.Box)
+        return env if box else gymnasium.wrappers.FlattenObservation(env)
+
+    envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs, autoreset_mode="Disabled")
+    envs.reset(seed=seed)
+    reset = lambda chosen: envs.reset(options={"reset_mask": chosen})[0][chosen]
+    return reset, envs.step, envs.single_action_space
+
+
+def envpool_env(name: str, num_envs: int, seed: int, **kwargs) -> tuple:
+    """EnvPool's own reset would come one step late."""
+    pool = import_module("envpool").make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
+    assert pool.config["max_num_players"] == 1, "it has several players"
+    reset = lambda chosen: pool.reset(np.flatnonzero(chosen).astype(np.int32))[0]
+    return reset, pool.step, pool.action_space
+
+
+def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable):
+    """A simulator's reset(chosen [B]) and step(action) -> an Env's; one call from JAX a step."""
+    everyone = np.ones(num_envs, bool)
+    obs_type = jax.tree.map(jnp.asarray, reset(everyone))  # [B, ...]
+    step_type = np.int32(0), Timestep(obs_type, obs_type, jnp.zeros(num_envs), everyone, everyone)
+
+    def host_step(token, action):  # in numpy: a callback that calls JAX can wait for itself
+        next_obs, reward, terminated, truncated, *_ = step(np.asarray(action))
+        obs, done = jax.tree.map(np.array, next_obs), terminated | truncated
+        if done.any():
+            for old, new in zip(jax.tree.leaves(obs), jax.tree.leaves(reset(done)), strict=True):
+                old[done] = new
+        return 0, Timestep(obs, next_obs, reward, terminated, truncated)
+
+    def env_reset(key):
+        token, obs = call_host(lambda: (0, reset(everyone)), (np.int32(0), obs_type))
+        return token, shape(obs)
+
+    def env_step(key, token, action):  # who passes `token` on has his steps in order
+        token, (obs, next_obs, *rest) = call_host(host_step, step_type, token, action)
+        return token, Timestep(shape(obs), shape(next_obs), *rest)
+
+    return env_reset, env_step
+
+
+def call_host(call: Callable, result_type: Any, *args: Array) -> Any:
+    """call(*args), in numpy, whenever the compiled program comes to it."""
+    if jax.default_backend() != "cpu":
+        return io_callback(call, result_type, *args, ordered=True)
+
+    def write(_, result, *args):  # into JAX's own memory, in an eighth of io_callback's time
+        jax.tree.map(lambda x, y: np.copyto(np.asarray(x), y), result, call(*args))
+
+    return buffer_callback.buffer_callback(write, result_type, has_side_effect=True)(*args)
+
+
+# --- Logging & checkpoints ------------------------------------------------------------------------
+
+
+class EpisodeStats(NamedTuple):
+    """Return and length of the running episodes and of the last 100 that ended."""
+
+    running: Array  # [B, 2]
+    last: Array | np.ndarray = np.full((100, 2), np.nan, np.float32)  # a ring, nan: fewer ended
+    episodes: Array | np.int32 = np.int32(0)  # ended so far
+
+
+def record_episodes(stats: EpisodeStats, rewards: Array, dones: Array) -> tuple[EpisodeStats, dict]:
+    """Adds a rollout's rewards and dones, both [T, B] -> stats, means over the last 100 episodes."""
+
+    def add(running, step):
+        reward, done = step
+        total = running + jnp.stack([reward, jnp.ones_like(reward)], axis=1)
+        return jnp.where(done[:, None], 0.0, total), total
+
+    running, totals = jax.lax.scan(add, stats.running, (rewards, dones))
+    ended = dones.reshape(-1)  # [T * B]
+    number = stats.episodes + jnp.cumsum(ended)  # of the episode that ended there, from 1
+    slot = jnp.where(ended & (number > number[-1] - 100), number % 100, 100)
+    last = jnp.asarray(stats.last).at[slot].set(totals.reshape(-1, 2), mode="drop")
+    names = ("charts/episodic_return", "charts/episodic_length", "charts/episodes")
+    metrics = dict(zip(names, (*jnp.nanmean(last, axis=0), number[-1]), strict=True))
+    return EpisodeStats(running, last, number[-1]), metrics
+
+
+def parse_args() -> Args:
+    """Reads the command line; after --resume, the run's config.json gives what it leaves out."""
+    args, script = tyro.cli(Args), Path(__file__).name
+    if args.resume is None:
+        return args
+    try:
+        config = json.loads((args.resume / "config.json").read_text())
+        saved = {k: tuple(x) if isinstance(x, list) else x for k, x in config["args"].items()}
+        assert config["script"] == script, f"it is a run of {config['script']}"
+        default = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        fail(f"--resume {args.resume} holds no config.json of a run of {script}: {error}")
+    args = tyro.cli(Args, default=default)
+    for name in ("seed", "num_seeds", "num_envs", "num_steps"):
+        if getattr(args, name) != saved[name]:
+            fail(f"--resume cannot change --{name.replace('_', '-')}, which is {saved[name]}")
+    return args
+
+
+def open_run(args: Any) -> Path:
+    """Makes the run's folder; one that holds a run already is only taken with --resume."""
+    for module in ["tensorboardX"] * args.tensorboard + ["wandb"] * args.track:
+        if util.find_spec(module) is None:
+            fail(f"{module} is missing: pip install {module}")
+    name = f"{Path(__file__).stem}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    new = Path("runs") / re.sub(r"[^\w.-]+", "-", f"{name}-{os.getpid()}")
+    run_dir = args.resume or args.run_dir or new
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK) or any(run_dir.iterdir()) and not args.resume:
+            raise FileExistsError(f"{run_dir} is not empty, or not to be written to")
+    except OSError as error:
+        fail(f"{error}: choose another --run-dir, or go on with --resume")
+    print(f"{args.env_id} -> {run_dir}", flush=True)
+    return run_dir
+
+
+def open_trackers(args: Any, run_dir: Path) -> list[Callable]:
+    """Writes config.json -> functions of name, value and step, for TensorBoard and W&B."""
+    versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
+    config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "versions": versions}
+    (run_dir / "config.part").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (run_dir / "config.part").replace(run_dir / "config.json")  # a kill leaves the old or the new
+    trackers = []
+    if args.tensorboard:
+        trackers.append(import_module("tensorboardX").SummaryWriter(str(run_dir)).add_scalar)
+    if args.track:
+        options = {"project": "unroll", "name": run_dir.name, "dir": run_dir, "resume": "allow"}
+        options["id"] = re.sub(r"\W", "-", str(run_dir.resolve()))[-64:]  # the same when resumed
+        run = import_module("wandb").init(config=config["args"], **options)
+        trackers.append(lambda name, value, step: run.log({name: value}, step=step))
+    return trackers
+
+
+def open_log(args: Any, run_dir: Path, first_step: int) -> Callable:
+    """-> log(step, metrics [num_seeds]), which adds rows to metrics.csv and to the trackers."""
+    path, trackers = run_dir / "metrics.csv", open_trackers(args, run_dir)
+    began, launched = time.time(), LAUNCHED
+    if first_step and path.exists():  # drop what came after the checkpoint
+        header, *lines = path.read_text().splitlines(keepends=True)
+        lines = [x for x in lines if x.endswith("\n") and int(x.split(",")[0]) <= first_step]
+        os.truncate(path, len(header) + sum(map(len, lines)))
+        launched -= float(lines[-1].split(",")[1]) if lines else 0.0
+    file = path.open("a", buffering=1, newline="\n")  # each line is written at once
+
+    def log(step, metrics):
+        now = time.time()
+        for k, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
+            row = {"step": step, "seconds": round(now - launched, 3), "seed": seed}
+            row["charts/SPS"] = round((step - first_step) / (now - began))
+            row |= {name: float(np.atleast_1d(x)[k]) for name, x in metrics.items()}
+            if file.tell() == 0:
+                print(*row, sep=",", file=file)
+            print(*row.values(), sep=",", file=file)
+            for track, name in product(trackers, row):
+                track(f"seed_{seed}/{name}" if args.num_seeds > 1 else name, row[name], step)
+
+    return log
+
+
+def plot_curve(run_dir: Path) -> None:
+    """learning_curve.png: the returns in metrics.csv over the steps, a line for each seed."""
+    axes = import_module("matplotlib.figure").Figure(layout="constrained").subplots()
+    rows = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="")
+    for seed in np.unique(rows["seed"]):
+        curve = np.atleast_1d(rows)[rows["seed"] == seed]
+        axes.plot(curve["step"], curve["charts/episodic_return"], label=f"seed {seed:.0f}")
+    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
+    axes.legend(title=run_dir.resolve().name)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=150)
+
+
+def checkpoints(run_dir: Path) -> Any:
+    """Orbax writes a checkpoint beside its place and renames it: what is there is complete."""
+    ocp = import_module("orbax.checkpoint")
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
+
+
+def save_checkpoint(run_dir: Path, state: Any) -> None:
+    """Saves the arrays of the state as checkpoints/<iteration>, if it is not there already."""
+    arrays = [x for x in jax.tree.leaves(state) if x.size]  # Orbax refuses empty ones
+    form = import_module("orbax.checkpoint").args.StandardSave(arrays)
+    with checkpoints(run_dir) as manager:
+        manager.save(int(np.max(state.iteration)), args=form)
+
+
+def load_checkpoint(run_dir: Path, like: Any, hosted: bool = False) -> Any:
+    """The last complete checkpoint of a state like `like`; if hosted, with the episodes of that."""
+    arrays = [x for x in jax.tree.leaves(like) if x.size]
+    form = import_module("orbax.checkpoint").args.StandardRestore(arrays)
+    try:
+        with checkpoints(run_dir) as manager:
+            saved = iter(manager.restore(None, args=form))
+    except (FileNotFoundError, ValueError):
+        fail(f"no checkpoint in {run_dir} fits these flags: its own are in config.json")
+    state = jax.tree.map(lambda x: next(saved) if x.size else x, like)
+    if hosted:
+        print("the simulator's state is not saved: new episodes start here")
+        stats = state.episode_stats._replace(running=like.episode_stats.running)
+        state = state._replace(acting=like.acting, episode_stats=stats)
+    return state
+
+
+def compile_training(args: Any, init: Callable, train_iteration: Callable) -> tuple[Any, Callable]:
+    """-> the first state; train(state, n), n iterations in one call whose losses are means."""
+    key = jax.random.key(args.seed)
+    if args.num_seeds > 1:
+        key = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+        # Not all at once: JAX's batched QR, for the weights, can deadlock on few cores.
+        init, train_iteration = partial(jax.lax.map, init), jax.vmap(train_iteration)
+    train_iteration = jax.jit(train_iteration)  # so that it is traced once
+
+    def train(state, num_iterations):
+        def step(_, carry):
+            state, metrics = train_iteration(carry[0])
+            losses = {name: x / num_iterations for name, x in metrics.items() if "losses/" in name}
+            return state, metrics | {name: x + carry[1][name] for name, x in losses.items()}
+
+        metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(train_iteration, state)[1])
+        return jax.lax.fori_loop(0, num_iterations, step, (state, metrics))
+
+    with ThreadPoolExecutor() as pool:  # XLA leaves Python free: both compile at the same time
+        state = pool.submit(jax.jit(init, compiler_options=IN_HASTE), key)
+        train = jax.jit(train, donate_argnums=0).lower(jax.eval_shape(init, key), 1).compile()
+    return state.result(), train
+
+
+def run_training(args: Any, run_dir: Path, state: Any, train: Callable, caught: list) -> Any:
+    """Calls train until the budget, the target or a signal ends it -> the last state."""
+    iteration, iteration_steps = int(np.max(state.iteration)), args.num_envs * args.num_steps
+    total, first = args.num_iterations * iteration_steps, iteration * iteration_steps
+    # Short iterations share a call. Calls end at fixed iterations, so resuming repeats them.
+    strides = [max(1, CALL_STEPS // iteration_steps), args.checkpoint_every or args.num_iterations]
+    log, reached = open_log(args, run_dir, first), False
+    shown = {} if sys.stderr.isatty() else {"file": open(os.devnull, "w"), "mininterval": 2}
+    with tqdm.tqdm(total=total, initial=first, unit=" steps", unit_scale=True, **shown) as bar:
+        while iteration < args.num_iterations and not reached and not caught:
+            end = min(args.num_iterations, *[iteration - iteration % n + n for n in strides])
+            state, metrics = jax.block_until_ready(train(state, end - iteration))
+            iteration, step = end, end * iteration_steps
+            log(step, metrics)
+            returns = np.array(metrics["charts/episodic_return"])
+            if not np.isfinite([x for name, x in metrics.items() if "losses/" in name]).all():
+                sys.exit(f"loss nan or inf at step {step}; earlier checkpoints, if any: {run_dir}")
+            if args.checkpoint_every and iteration % args.checkpoint_every == 0:
+                save_checkpoint(run_dir, state)
+            if args.target_return is not None and np.min(metrics["charts/episodes"]) >= 100:
+                reached = returns.min() >= args.target_return
+            bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
+            if (bar.update(step - bar.n) or reached) and shown:
+                print(bar, flush=True)
+    return state
+
+
+def write_evaluation(args: Any, run_dir: Path, state: Any, env: Env) -> None:
+    """evaluation.json: greedy returns by seed; over seeds, IQM and interval (arXiv:2108.13264)."""
+    keys = jax.vmap(jax.random.key)(args.seed + 2**30 + np.arange(args.num_seeds))  # not trained on
+    batch = lambda state: jax.tree.map(lambda x: x if args.num_seeds > 1 else x[None], state)
+    play = lambda state: jax.lax.map(lambda x: evaluate(x[0], env, x[1])[0], (batch(state), keys))
+    returns = np.array(jax.jit(play)(state))  # [num_seeds, B]; jit leaves out a replay buffer
+    result = {"env_id": args.eval_env_id or args.env_id, "mean": returns.mean(), "seeds": []}
+    for seed, x in enumerate(returns, args.seed):
+        own = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
+        result["seeds"].append({"seed": seed, "episodes": x.size} | own)
+    if args.num_seeds > 1:
+        stats, means = import_module("scipy.stats"), returns.mean(axis=1)
+        iqm = partial(stats.trim_mean, proportiontocut=0.25, axis=-1)
+        interval = stats.bootstrap((means,), iqm, method="percentile", rng=0).confidence_interval
+        result |= {"iqm": iqm(means), "iqm_ci95": [*interval]}
+    (run_dir / "evaluation.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
+    print(f"greedy return over {args.eval_episodes} episodes: {result['mean']:.1f}")
+
+
+def make_eval_env(args: Any, env: Env) -> Env:
+    """Where the agent is judged in the end: what cannot work is refused before it is trained."""
+    env_id, num_envs = args.eval_env_id or args.env_id, max(1, args.eval_episodes)
+    eval_env = make_env(env_id, num_envs, args.seed + 2**30, args.env_kwargs, args.mask_obs)
+    check_env(env_id, eval_env)
+    if (eval_env.obs_shape, eval_env.action_size) != (env.obs_shape, env.action_size):
+        fail(f"{env_id} has other observations or actions than {args.env_id}")
+    if args.num_seeds > 1 and (env.hosted or eval_env.hosted):
+        fail("--num-seeds needs environments in JAX: start single runs")
+    return eval_env
+
+
+@contextmanager
+def noted_signals(run_dir: Path) -> Any:
+    """Gives a list. The first Ctrl-C or SIGTERM is put there, the second ends the program."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this call (again: at once, unsaved)", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield caught
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if caught:
+        print(f"stopped and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + caught[0])
+
+
+def main(args: Args) -> Path:
+    """Trains, saves and evaluates -> the run's folder."""
+    check_args(args)
+    env = make_env(args.env_id, args.num_envs, args.seed, args.env_kwargs, args.mask_obs)
+    make_eval_env(args, env)  # what cannot work is refused now
+    run_dir = open_run(args)
+    state, train = compile_training(args, *make_train(args, env))
+    if args.resume:
+        state = load_checkpoint(run_dir, state, env.hosted)
+    with noted_signals(run_dir) as caught:
+        state = run_training(args, run_dir, state, train, caught)
+        save_checkpoint(run_dir, state)
+        if (run_dir / "metrics.csv").stat().st_size:
+            plot_curve(run_dir)
+    if args.eval_episodes:
+        write_evaluation(args, run_dir, state, make_eval_env(args, env))
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
