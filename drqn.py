@@ -340,7 +340,7 @@ class Sequence(NamedTuple):
 
     memory: Any  # [...], before the first step
     steps: Transition  # [T, ...]
-    last_obs: Array  # [*obs_shape], what would have been acted on next
+    last_obs: Any  # [...], what would have been acted on next
     last_reset: Array  # [], it begins an episode
 
 
@@ -398,17 +398,17 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args:
     return jax.tree.map(lambda x: x[0, positions], buffer.experience), positions
 
 
-def unroll(agent: Agent, batch: Sequence, args: Args) -> Array:
-    """Action values at all steps of sequences that are learned from, and after them -> [W + 1, M, A].
-
-    The first burn_in steps only warm the memory up, with the parameters of this agent.
+def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:
+    """What a network with a memory gives at all steps of sequences that are learned from, and after them ->
+    [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of this network.
     """
     join = lambda x, last: jnp.concatenate([x.swapaxes(0, 1), last[None]])  # [T + 1, M, ...]
-    obs, reset = join(batch.steps.obs, batch.last_obs), join(batch.steps.reset, batch.last_reset)
-    memory, start = batch.memory, args.burn_in
+    steps = (batch.steps.obs, batch.steps.reset), (batch.last_obs, batch.last_reset)
+    steps, start = jax.tree.map(join, *steps), args.burn_in
     if start:
-        memory, _ = jax.lax.stop_gradient(agent).unroll(memory, obs[:start], reset[:start])
-    return agent.unroll(memory, obs[start:], reset[start:])[1]
+        warm_up = jax.tree.map(lambda x: x[:start], steps)
+        memory, _ = jax.lax.stop_gradient(network).unroll(memory, *warm_up)
+    return network.unroll(memory, *jax.tree.map(lambda x: x[start:], steps))[1]
 
 
 # --- Targets --------------------------------------------------------------------------------------
@@ -448,7 +448,9 @@ def drqn_loss(agent: Agent, target: Agent, batch: Sequence, args: Args):
     """Squared error of Q(obs, action) against targets, a mean over all steps with one -> loss, (metrics,
     errors [M] of the sequences: 0.9 times the largest and 0.1 times the mean (R2D2, section 2.3)).
     """
-    q_values, next_q = unroll(agent, batch, args), unroll(target, batch, args)  # [W + 1, M, A]
+    q_values, next_q = [
+        unroll(network, batch.memory, batch, args) for network in (agent, target)
+    ]  # [W + 1, M, A]
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1)[args.burn_in :], batch.steps)  # [W, M, ...]
     best = (q_values if args.double_q else next_q).argmax(axis=-1)
     next_values = jnp.take_along_axis(next_q, best[..., None], axis=-1)[..., 0]  # [W + 1, M]

@@ -303,7 +303,7 @@ def normalize(obs: Array, stats: RunningStats | None) -> Array:
 
 
 def aggregate(q_values: Array, args: Args) -> Array:
-    """What counts of the critics' values, [num_critics, M, A] -> [M, A]."""
+    """What counts of the critics' values, [num_critics, ..., A] -> [..., A]."""
     return q_values.min(axis=0) if args.aggregate == "min" else q_values.mean(axis=0)
 
 
