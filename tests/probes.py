@@ -24,8 +24,9 @@ ALL_SCRIPTS = [path.stem for path in copies.scripts(ROOT)]
 SCRIPTS = [name for name in ALL_SCRIPTS if name != "ppo_trxl_pmap"]
 ON_POLICY = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "rollout")]
 OFF_POLICY = [name for name in SCRIPTS if name not in ON_POLICY]
-CONTINUOUS = ["ppo_continuous", "rppo_continuous", "sac", "td3"]
-VALUE_BASED = ["dqn", "pqn"]  # their agents are action values
+CONTINUOUS = ["ppo_continuous", "rppo_continuous", "rsac", "sac", "td3"]
+VALUE_BASED = ["dqn", "drqn", "pqn", "rpqn"]  # their agents are action values
+SEQUENCES = ["drqn", "rsac", "rsacd"]  # are what they replay
 MEMORY = [
     name
     for name in SCRIPTS
@@ -116,6 +117,34 @@ SMALL = {
     },
 }
 SMALL["sacd"] = SMALL["sac"]
+SMALL["rpqn"] = SMALL["pqn"] | {"embed_dim": 32, "hidden_size": 32}
+SMALL["drqn"] = {
+    "num_steps": 8,
+    "learning_rate": 2e-3,
+    "gamma": 0.8,
+    "buffer_size": 8_000,
+    "learning_starts": 256,
+    "train_frequency": 8,
+    "target_network_frequency": 200,
+    "embed_dim": 32,
+    "hidden_size": 32,
+}
+SMALL["rsac"] = {
+    "num_steps": 8,
+    "policy_lr": 3e-3,
+    "q_lr": 3e-3,
+    "gamma": 0.8,
+    "alpha": 0.01,
+    "autotune": False,
+    "learning_starts": 256,
+    "buffer_size": 8_000,
+    "updates_per_step": 0.125,
+    "tau": 0.05,
+    "embed_dim": 32,
+    "actor_hidden_size": 32,
+    "critic_hidden_size": 32,
+}
+SMALL["rsacd"] = SMALL["rsac"]
 SMALL["td3"] = {k: x for k, x in SMALL["sac"].items() if k not in ("alpha", "autotune")}
 SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
@@ -169,6 +198,27 @@ def most_probable(pi):
     return pi[0].argmax(axis=-1) if len(pi) == 1 else pi[0]
 
 
+def recurrent_critic(name, learner):
+    """rsac.py and rsacd.py -> functions of obs and reset, in one environment, that give values and actions."""
+    actor, critic = learner.actor, learner.critic
+
+    def unroll(obs, reset=None):
+        reset = jnp.ones(len(obs), bool) if reset is None else reset
+        module = importlib.import_module(name)
+        action = jnp.zeros((len(obs), 1, 1 if name == "rsac" else 2))
+        seen = module.Seen(obs[:, None], action, jnp.zeros((len(obs), 1)))
+        outs = [
+            part.history.unroll(part.history.memory.initial_memory(1), seen, reset[:, None])[1]
+            for part in (actor, critic)
+        ]
+        if name == "rsacd":
+            return critic(outs[1]).min(axis=0).max(axis=-1)[:, 0], actor(outs[0]).argmax(-1)[:, 0]
+        act = jnp.tanh(actor(outs[0])[0])
+        return critic(outs[1], act).min(axis=0)[:, 0], act[:, 0]
+
+    return lambda *x: unroll(*x)[0], lambda obs: unroll(obs)[1]
+
+
 def learn(name, env, num_iterations=60, **changes):
     """Trains the script on the probe -> Learned."""
     state, _ = train(name, small_args(name, num_iterations, **changes), env)
@@ -177,7 +227,8 @@ def learn(name, env, num_iterations=60, **changes):
         def unroll(obs, reset=None):  # one step after the other, in one environment
             reset = jnp.ones(len(obs), bool) if reset is None else reset
             memory = state.agent.initial_memory(1)
-            _, *pi, value = state.agent.unroll(memory, obs[:, None], reset[:, None])
+            _, *out = state.agent.unroll(memory, obs[:, None], reset[:, None])
+            pi, value = policy_and_value(name, out)
             return most_probable(pi)[:, 0], value[:, 0]
 
         return Learned(state, lambda *x: unroll(*x)[1], lambda obs: unroll(obs)[0])
@@ -187,6 +238,8 @@ def learn(name, env, num_iterations=60, **changes):
             lambda obs, reset=None: state.agent(obs).max(axis=-1),
             lambda obs: state.agent(obs).argmax(-1),
         )
+    if name in ("rsac", "rsacd"):
+        return Learned(state, *recurrent_critic(name, state.learner))
     if name == "sacd":
         values = lambda obs, reset=None: state.learner.critic(obs).min(axis=0).max(axis=-1)
         return Learned(state, values, lambda obs: state.learner.actor(obs).argmax(axis=-1))
@@ -207,7 +260,13 @@ def opened(agent, memory):
 def act_from(script, agent, env, acting, key, num_steps=64):
     """A rollout of a script with a memory -> where it ended, the memory opened, and the batch."""
     start = acting._replace(memory=opened(agent, acting.memory))
-    return script.rollout(agent, env, start, key, num_steps)
+    greedy = [0.0] if script.__name__ in VALUE_BASED else []  # epsilon
+    return script.rollout(agent, env, start, *greedy, key, num_steps)
+
+
+def policy_and_value(name, out):
+    """What an agent returns beside its memory -> what chooses the most probable action, the value."""
+    return ([out[0]], out[0].max(axis=-1)) if name in VALUE_BASED else (out[:-1], out[-1])
 
 
 def run_on_devices(count, *command, **options):
@@ -232,8 +291,8 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
     def act(obs, reset):
         nonlocal memory
         if name in MEMORY:
-            memory, *pi, _ = state.agent.step(memory, obs, reset)
-            action = most_probable(pi)
+            memory, *out = state.agent.step(memory, obs, reset)
+            action = most_probable(policy_and_value(name, out)[0])
         elif name in VALUE_BASED:
             return state.agent(obs).argmax(axis=-1)
         elif name == "sac":  # Pendulum's torque is in [-2, 2]

@@ -53,6 +53,18 @@ SHORT_RUNS["ppo_lstm"] = (
     SHORT_RUNS["a2c"] + " --num-minibatches 4 --recompute-carries --chrono-length 20"
 )
 SHORT_RUNS["rppo"] = SHORT_RUNS["a2c"] + " --num-minibatches 4 --no-shared-encoder --embed-dim 16"
+SHORT_RUNS["rpqn"] = SHORT_RUNS["pqn"] + " --embed-dim 16 --hidden-size 16"
+SHORT_RUNS["drqn"] = (
+    "--num-envs 16 --num-steps 32 --learning-starts 1500 --buffer-size 2100 --batch-size 16 "
+    "--train-frequency 64 --embed-dim 16 --hidden-size 16 --max-grad-norm 10 --burn-in 4 --n-step 3 "
+    "--rescale-values --prioritized-replay"
+)
+SHORT_RUNS["rsac"] = SHORT_RUNS["rsacd"] = (
+    "--num-envs 16 --num-steps 32 --learning-starts 1500 --buffer-size 2100 --batch-size 16 "
+    "--updates-per-step .02 --embed-dim 16 --actor-hidden-size 16 --critic-hidden-size 16 --burn-in 4 "
+    "--previous-reward --max-grad-norm 10 --anneal-lr"
+)
+SHORT_RUNS["rsacd"] += " --aggregate mean --no-critic-entropy --no-previous-action"
 SHORT_RUNS["rppo_continuous"] = (
     "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
     "--recompute-advantages"
@@ -431,6 +443,16 @@ OWN_BAD_FLAGS = {
     ("pqn", "--env-id gymnax::Pendulum-v1"): "use sac.py",
     ("pqn", "--q-lambda 1.5"): "--q-lambda must be from 0 to 1",
     ("pqn", "--num-minibatches 7"): "take one of",
+    ("rpqn", "--num-minibatches 7"): "take one of",
+    ("rpqn", "--memory gur"): "there are",
+    ("drqn", "--burn-in 32"): "--burn-in must be below --num-steps",
+    ("drqn", "--buffer-size 100"): "--buffer-size must hold",
+    ("drqn", "--learning-starts 100"): "--learning-starts must be at least",
+    ("rsac", "--env-id gymnax::CartPole-v1"): "discrete actions: use",
+    ("rsac", "--memory-kwargs 3"): "--memory-kwargs",
+    ("rsacd", "--env-id gymnax::Pendulum-v1"): "continuous actions: use",
+    ("rsacd", "--burn-in 32"): "--burn-in must be below --num-steps",
+    ("rppo_continuous", '--memory none --memory-kwargs {"heads":2}'): "there are",
     ("sac", "--env-id gymnax::CartPole-v1"): "use dqn.py",
     ("sac", "--buffer-size 100"): "--buffer-size must hold a batch",
     ("sac", "--updates-per-step inf"): "--updates-per-step must be",

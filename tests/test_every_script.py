@@ -13,6 +13,7 @@ from probes import (
     NUM_ENVS,
     ON_POLICY,
     SCRIPTS,
+    SEQUENCES,
     VALUE_BASED,
     greedy_player,
     learn,
@@ -36,7 +37,7 @@ def learn_probe(name, observe, reward, iterations=1.0, **ends):
 ZERO_ONE = jnp.array([[0.0], [1.0]])
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "ppo"))
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY) - set(SEQUENCES)), "ppo"))
 def test_probe_discount(name):
     """Two steps, reward 1 at the second: V(second) = 1, V(first) = gamma."""
     learned = learn_probe(
@@ -49,7 +50,9 @@ def test_probe_discount(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE, reset), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "impala"))
+@pytest.mark.parametrize(
+    "name", quick(sorted(set(SCRIPTS) - set(MEMORY) - set(SEQUENCES)), "impala")
+)
 def test_probe_time_limit(name):
     """One step from 0 or 1. From 1, reward 1 and the end: V(1) = 1. From 0, no reward, and a time
     limit at 1: V(0) = gamma V(1) = 0.8. Taken for an end, V(0) = 0; with the observation after the
@@ -66,7 +69,7 @@ def test_probe_time_limit(name):
     np.testing.assert_allclose(learned.value(ZERO_ONE), [0.8, 1.0], atol=0.05)
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY)), "dqn"))
+@pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY) - set(SEQUENCES)), "dqn"))
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
 
@@ -125,7 +128,7 @@ def test_no_random_key_is_used_twice(name):
         jax.jit(lambda state, key: script.evaluate(state, env, key, 5))(state, jax.random.key(1))
 
 
-WITHOUT_MEMORY = sorted(set(ON_POLICY) - set(MEMORY) - set(VALUE_BASED))
+WITHOUT_MEMORY = sorted(set(ON_POLICY) - set(MEMORY) - set(VALUE_BASED) - set(SEQUENCES))
 
 
 @pytest.mark.parametrize("name", quick(WITHOUT_MEMORY, "ppo", "impala"))

@@ -14,6 +14,8 @@ from probes import (
     DISTINCT,
     MEMORY,
     NUM_ENVS,
+    SEQUENCES,
+    VALUE_BASED,
     act_from,
     learn,
     log_prob,
@@ -30,6 +32,7 @@ import ppo_trxl
 import rppo_continuous
 
 NUM_STEPS = 24
+BY_RATIO = sorted(set(MEMORY) & set(DISTINCT) - set(VALUE_BASED))
 
 
 @functools.cache
@@ -152,7 +155,7 @@ def test_nothing_passes_a_reset_nor_comes_from_the_future(name, changes):
             assert jnp.abs(z[18] - y[18]).max() > 1e-5  # but the past of the episode does
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(MEMORY) & set(DISTINCT)), "ppo_lstm", "ppo_trxl"))
+@pytest.mark.parametrize("name", quick(BY_RATIO, "ppo_lstm", "ppo_trxl"))
 def test_the_ratio_is_1_before_the_first_update(name):
     """Across episode ends, from a memory in the middle of episodes; and what the advantages are
     bootstrapped from is what the next rollout's first step computes."""
@@ -174,7 +177,29 @@ def test_the_ratio_is_1_before_the_first_update(name):
     np.testing.assert_allclose(last_value, following.value[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", quick(MEMORY, "ppo_lstm"))
+@pytest.mark.parametrize("name", quick(["rpqn", "drqn"], "rpqn"))
+def test_values_acted_on_are_those_learned_from(name):
+    """Over two rollouts and the ends of episodes; greedy actions are those of the highest values; and
+    what is next is valued as the next rollout's first step."""
+    script, env, agent = importlib.import_module(name), real_env(name), agent_of(name)
+    start = acting(script, agent, env)
+    rollout = jax.jit(lambda *x: act_from(script, agent, env, *x))
+    for seed in (1, 2):
+        after, batch = rollout(start, jax.random.key(seed))
+        assert batch.reset.sum() >= NUM_ENVS
+        memory, q_values = agent.unroll(start.memory, batch.obs, batch.reset)
+        best = q_values.max(axis=-1)
+        taken = jnp.take_along_axis(q_values, batch.action[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(taken, best, atol=1e-4)
+        if name == "rpqn":
+            np.testing.assert_allclose(batch.value, best, atol=1e-4)
+        following = agent.step(after.memory, after.obs, after.reset)[1]
+        start = after._replace(memory=memory)
+    _, q_values = agent.step(agent.open(start.memory), start.obs, start.reset)
+    np.testing.assert_allclose(following, q_values, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", quick(sorted(set(MEMORY) - {"drqn"}), "ppo_lstm"))
 def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name):
     script, env = importlib.import_module(name), real_env(name, limit=7)
     agent = agent_of(name)
@@ -188,7 +213,7 @@ def test_the_value_at_a_time_limit_is_that_of_the_next_step_without_a_reset(name
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
+@pytest.mark.parametrize("name", BY_RATIO)
 def test_the_first_minibatches_have_ratio_1(name):
     """With a step size of 0, in the whole of the second update: windows begin with the memory that
     the agent had, whatever the epoch."""
@@ -218,9 +243,13 @@ def memory_probe(name):
     )
 
 
-@pytest.mark.parametrize("name", quick(sorted(set(MEMORY) & set(DISTINCT)), "ppo_lstm"))
+RECURRENT = sorted((set(MEMORY) & set(DISTINCT)) | {"rsac", "rsacd"})
+
+
+@pytest.mark.parametrize("name", quick(RECURRENT, "ppo_lstm"))
 def test_a_memory_of_one_step_is_learned(name):
-    learned, script = learn(name, memory_probe(name), 60), importlib.import_module(name)
+    iterations = 150 if name in SEQUENCES else 60
+    learned, script = learn(name, memory_probe(name), iterations), importlib.import_module(name)
     returns = [
         script.evaluate(learned.state, memory_probe(name), jax.random.key(seed))[0]
         for seed in range(5)
@@ -240,7 +269,7 @@ def test_without_memory_it_stays_at_chance():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT)))
+@pytest.mark.parametrize("name", sorted(set(MEMORY) & set(DISTINCT) - {"drqn"}))
 def test_a_time_limit_is_bootstrapped_with_the_memory(name):
     """Reward 1 at each step of an episode of 3 or 9 steps, cut by a limit: V is near 1 / (1 - gamma)
     = 5 anywhere. Taken for the end of the task, it is 3.4 at the start."""
