@@ -28,6 +28,14 @@ STEPS = {
     "CountRecallMedium": 103,
     "CountRecallHard": 207,
 }
+ASKED = STEPS | {
+    "RepeatPreviousEasy": 48,
+    "RepeatPreviousMedium": 72,
+    "RepeatPreviousHard": 92,
+    "AutoencodeEasy": 52,
+    "AutoencodeMedium": 104,
+    "AutoencodeHard": 156,
+}  # steps that ask, the last ones of an episode
 K = {"RepeatPreviousEasy": 4, "RepeatPreviousMedium": 32, "RepeatPreviousHard": 64}
 
 
@@ -86,7 +94,10 @@ def test_who_remembers_gets_one_and_who_guesses_what_chance_gives(name):
     assert 0 <= actions.min() and actions.max() < num_actions
     _, obs, reward, terminated = episodes(name, actions)
     np.testing.assert_allclose(reward.sum(axis=0), 1.0, rtol=1e-5)
-    np.testing.assert_array_equal(terminated.T, [np.arange(1, STEPS[name] + 1) == STEPS[name]] * 3)
+    steps, asked = np.arange(1, STEPS[name] + 1), ASKED[name]
+    pay = np.where(steps > STEPS[name] - asked, 1 / asked, 0.0)
+    np.testing.assert_allclose(reward.T, [pay] * 3, rtol=1e-6)
+    np.testing.assert_array_equal(terminated.T, [steps == STEPS[name]] * 3)
     assert ((obs == 0) | (obs == 1)).all() and len(set(obs.sum(axis=2).ravel())) == 1
     guesses = np.random.default_rng(0).integers(0, num_actions, (STEPS[name], 400))
     returns = episodes(name, np.int32(guesses))[2].sum(axis=0)
