@@ -170,7 +170,7 @@ def check_args(args: Args) -> None:
 def check_env(env_id: str, env: "Env") -> None:
     """Ends the program with status 2 if this script cannot act in the environment."""
     if env.action_low is not None:
-        fail(f"{env_id} has continuous actions: use sac.py")
+        fail(f"{env_id} has continuous actions: use rsac.py")
 
 
 # --- Networks -------------------------------------------------------------------------------------

@@ -177,9 +177,9 @@ def check_args(args: Args) -> None:
 def check_env(env_id: str, env: "Env") -> None:
     """Ends the program with status 2 if this script cannot act in the environment."""
     if env.action_low is None:
-        fail(f"{env_id} has discrete actions: use dqn.py")
+        fail(f"{env_id} has discrete actions: use rsacd.py")
     if not np.isfinite([env.action_low, env.action_high]).all():
-        fail(f"the actions of {env_id} have no bounds: use ppo_continuous.py")
+        fail(f"the actions of {env_id} have no bounds: use rppo_continuous.py")
     if len(env.obs_shape) != 1:
         fail(f"the observations of {env_id} are images, and this script is for vectors")
 

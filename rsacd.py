@@ -176,7 +176,7 @@ def check_args(args: Args) -> None:
 def check_env(env_id: str, env: "Env") -> None:
     """Ends the program with status 2 if this script cannot act in the environment."""
     if env.action_low is not None:
-        fail(f"{env_id} has continuous actions: use sac.py")
+        fail(f"{env_id} has continuous actions: use rsac.py")
     if len(env.obs_shape) != 1:
         fail(f"the observations of {env_id} are images, and this script is for vectors")
 
