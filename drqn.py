@@ -24,7 +24,7 @@ Q-learning). The memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the
 
     python drqn.py                                  # CartPole-v1 without the velocities
     python drqn.py --memory s5                      # memories/s5.py instead of the GRU in this file
-    python drqn.py --n-step 5 --burn-in 8 --rescale-values --prioritized-replay    # with R2D2's parts
+    python drqn.py --burn-in 8 --rescale-values --prioritized-replay    # with R2D2's parts
 
 Expected: EXPECTED
 
@@ -90,11 +90,11 @@ class Args:
     buffer_size: int = 50_000  # environment steps kept for replay, in whole sequences
     batch_size: int = 32  # sequences in each gradient step
     learning_starts: int = 5_000  # environment steps before the first gradient step
-    train_frequency: int = 32  # environment steps for each gradient step
-    target_network_frequency: int = 1_000  # environment steps between updates of the target network
+    train_frequency: int = 16  # environment steps for each gradient step
+    target_network_frequency: int = 4_000  # environment steps between updates of the target network
     tau: float = 1.0  # how far such an update goes, 1 for a copy
     double_q: bool = True  # the online network chooses the action that the target network values
-    n_step: int = 1  # rewards in each target before the bootstrap
+    n_step: int = 5  # rewards in each target before the bootstrap
     burn_in: int = 0  # first steps of a sequence: they warm its memory up, unlearned
     rescale_values: bool = False  # learn h(Q), about the root of Q, instead of Q
     prioritized_replay: bool = False  # replay in proportion to the last errors
@@ -102,7 +102,7 @@ class Args:
     max_grad_norm: float | None = None  # largest global norm of a gradient, None: any
     start_e: float = 1.0  # epsilon at the start: the share of random actions
     end_e: float = 0.05  # epsilon at the end
-    exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
+    exploration_fraction: float = 0.25  # share of the run over which epsilon falls linearly
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     memory: str = "gru"  # a file of memories/ by its name, or file.py:Class
     memory_kwargs: str = "{}"  # JSON object of arguments for the memory

@@ -36,7 +36,7 @@ SCRIPTS = {  # name: what it is
     "ppo_continuous": "the same for continuous actions, with running normalisation by flag",
     "ppo_lstm": "PPO with a long short-term memory",
     "rppo": "the same with any memory of memories/, or of your own, by flag",
-    "rppo_continuous": "ppo_lstm.py for continuous actions, with sequences and burn-in",
+    "rppo_continuous": "the same for continuous actions, with sequences and burn-in",
     "ppo_trxl": "PPO with a Transformer-XL memory: relative positions, cached keys and values",
     "ppo_gtrxl": "the same with GRU gates",
     "ppo_trxl_pmap": "ppo_trxl.py on many devices and many machines",
@@ -44,8 +44,12 @@ SCRIPTS = {  # name: what it is
     "impala": "actor threads, a learner and V-trace; actors and learners on different devices by flag",
     "dqn": "(double) deep Q-network; the replay buffer is part of the compiled loop",
     "pqn": "Q(lambda) with normalised layers: no replay buffer, no target network",
+    "rpqn": "the same with any memory",
+    "drqn": "dqn.py with any memory: sequences are replayed; R2D2's parts by flag",
     "sac": "soft actor-critic with automatic temperature; SimBa's networks by flag",
     "sacd": "the same for discrete actions, with exact expectations",
+    "rsac": "sac.py with any memory, one each for actor and critics",
+    "rsacd": "the same for discrete actions",
     "td3": "twin delayed deep deterministic policy gradient",
 }
 
@@ -76,6 +80,7 @@ HALFCHEETAH_BY_SAC = (
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
 MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
+CHAIN_32 = "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}'"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
 CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
@@ -124,6 +129,18 @@ MEMORY = {
     "rppo_continuous_pendulum": Task(
         "rppo_continuous.py", "Pendulum-v1 without velocity", "", TEN, -200, -200
     ),
+    "rpqn_cartpole": Task("rpqn.py", MASKED, bar=475),
+    "pqn_masked_cartpole": Task(
+        "pqn.py", f"{MASKED}, the control", f"{CARTPOLE_BY_PQN} --mask-obs 1 3", bar=475
+    ),
+    "drqn_cartpole": Task("drqn.py", MASKED, bar=475),
+    "rsacd_cartpole": Task("rsacd.py", MASKED, bar=475),
+    "rsac_pendulum": Task("rsac.py", "Pendulum-v1 without velocity", bar=-185),
+    "rsac_none_pendulum": Task(
+        "rsac.py", "Pendulum-v1 without velocity, the control", "--memory none", bar=-185
+    ),
+    "rpqn_memorychain": Task("rpqn.py", "MemoryChain-bsuite, 32 steps", f"{CHAIN_32}", bar=1),
+    "drqn_memorychain": Task("drqn.py", "MemoryChain-bsuite, 32 steps", f"{CHAIN_32}", bar=1),
     "ppo_lstm_lunarlander": Task(
         "ppo_lstm.py", LANDER, LANDER_BY_LSTM, bar=200, target=200, judge=JUDGE
     ),
