@@ -80,11 +80,11 @@ class Args:
     total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 32  # parallel environments
     num_steps: int = 64  # steps in each environment between two updates
-    learning_rate: float = 1e-3  # RAdam's step size at the start
+    learning_rate: float = 5e-4  # RAdam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.99  # discount factor
-    q_lambda: float = 0.95  # lambda of the returns: 0 for one step, 1 for as many as there are
-    num_minibatches: int = 8  # minibatches in each epoch, of whole environments
+    q_lambda: float = 0.9  # lambda of the returns: 0 for one step, 1 for as many as there are
+    num_minibatches: int = 16  # minibatches in each epoch, of whole environments
     update_epochs: int = 4  # passes over each batch
     start_e: float = 1.0  # epsilon at the start: the share of random actions
     end_e: float = 0.05  # epsilon at the end

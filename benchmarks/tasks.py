@@ -80,7 +80,10 @@ HALFCHEETAH_BY_SAC = (
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
 MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
-CHAIN_32 = "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}'"
+CHAIN_32 = (
+    "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
+    "--reward-scale 1"
+)
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
 CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
@@ -139,8 +142,8 @@ MEMORY = {
     "rsac_none_pendulum": Task(
         "rsac.py", "Pendulum-v1 without velocity, the control", "--memory none", bar=-185
     ),
-    "rpqn_memorychain": Task("rpqn.py", "MemoryChain-bsuite, 32 steps", f"{CHAIN_32}", bar=1),
-    "drqn_memorychain": Task("drqn.py", "MemoryChain-bsuite, 32 steps", f"{CHAIN_32}", bar=1),
+    "rpqn_memorychain": Task("rpqn.py", "MemoryChain-bsuite, 32 steps", CHAIN_32, bar=1),
+    "drqn_memorychain": Task("drqn.py", "MemoryChain-bsuite, 32 steps", CHAIN_32, bar=1),
     "ppo_lstm_lunarlander": Task(
         "ppo_lstm.py", LANDER, LANDER_BY_LSTM, bar=200, target=200, judge=JUDGE
     ),
