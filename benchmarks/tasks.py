@@ -42,6 +42,7 @@ SCRIPTS = {  # name: what it is
     "ppo_trxl_pmap": "ppo_trxl.py on many devices and many machines",
     "a2c": "advantage actor-critic",
     "impala": "actor threads, a learner and V-trace; actors and learners on different devices by flag",
+    "impala_lstm": "the same with a long short-term memory, or any of memories/ by flag",
     "dqn": "(double) deep Q-network; the replay buffer is part of the compiled loop",
     "pqn": "Q(lambda) with normalised layers: no replay buffer, no target network",
     "rpqn": "the same with any memory",
@@ -79,6 +80,10 @@ HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
+CHAIN_8 = (
+    "--env-id gymnax::MemoryChain-bsuite --reward-scale 1 --no-norm-adv "
+    """--env-kwargs '{"memory_length": 8}'"""
+)
 MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
 CHAIN_32 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
@@ -129,6 +134,10 @@ MEMORY = {
     "ppo_trxl_cartpole": Task("ppo_trxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
     "ppo_gtrxl_cartpole": Task("ppo_gtrxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
     "ppo_masked_cartpole": Task("ppo.py", f"{MASKED}, the control", CARTPOLE_BY_PPO, bar=475),
+    "impala_lstm_cartpole": Task("impala_lstm.py", MASKED, bar=475),
+    "impala_lstm_memorychain": Task(
+        "impala_lstm.py", "MemoryChain-bsuite, 8 steps", CHAIN_8, bar=1
+    ),
     "rppo_continuous_pendulum": Task(
         "rppo_continuous.py", "Pendulum-v1 without velocity", "", TEN, -200, -200
     ),

@@ -26,6 +26,7 @@ VARY = {
     "OWN_MEMORIES": "which memory stands in the script",
     "ppo_loss": "of steps, or of sequences that begin with a memory",
     "pqn_loss": "likewise",
+    "impala_loss": "likewise",
     "Layer": "of a Transformer, with sums or with gates",
     "TrainState": "each algorithm carries its own state",
     "make_train": "the wiring of the algorithm",
@@ -49,7 +50,9 @@ VARY = {
     "ppo_trxl_pmap.py: main": "joins processes, and shares the environments out to devices",
     "CALL_STEPS": "off-policy, an iteration is as long as a row should be",
     "impala.py: main": "starts actor threads",
+    "impala_lstm.py: main": "likewise, as impala.py does (tests/test_impala.py)",
     "impala.py: compile_training": "not there: what an iteration does is spread over threads",
+    "impala_lstm.py: compile_training": "likewise",
 }
 
 

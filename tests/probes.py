@@ -32,6 +32,8 @@ MEMORY = [
     for name in SCRIPTS
     if hasattr(getattr(importlib.import_module(name), "Agent", 0), "unroll")
 ]
+# Their acting has an entry for each actor thread.
+THREADED = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "actor_threads")]
 # ppo_gtrxl.py differs from ppo_trxl.py by its gates alone: where time counts, one of them will do.
 DISTINCT = [name for name in SCRIPTS if name != "ppo_gtrxl"]
 NUM_ENVS = 16
@@ -149,6 +151,7 @@ SMALL["td3"] = {k: x for k, x in SMALL["sac"].items() if k not in ("alpha", "aut
 SMALL["td3"]["policy_noise"] = 0.05  # the probes' rewards are steep
 SMALL["ppo_continuous"] = SMALL["ppo"] | {"update_epochs": 4}
 SMALL["ppo_lstm"] = SMALL["ppo"] | {"hidden_size": 32}
+SMALL["impala_lstm"] = SMALL["impala"] | {"embed_dim": 32}
 SMALL["rppo"] = SMALL["ppo"] | {"embed_dim": 32}
 SMALL["rppo_continuous"] = SMALL["ppo_continuous"] | {"embed_dim": 32, "sequence_length": 8}
 SMALL["ppo_trxl"] = SMALL["ppo"] | {"memory_length": 6, "window_length": 8, "embed_dim": 32}
@@ -165,7 +168,7 @@ def small_args(name, num_iterations=60, **changes):
 
 def make_train(name, args, *envs):
     """A script's init and train_iteration; IMPALA's is what its threads do, one after the other."""
-    if name != "impala":
+    if name not in THREADED:
         return importlib.import_module(name).make_train(args, *envs)
     init, actors, learner = importlib.import_module(name).make_train(args, *envs)
 

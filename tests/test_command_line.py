@@ -65,6 +65,7 @@ SHORT_RUNS["rsac"] = SHORT_RUNS["rsacd"] = (
     "--previous-reward --max-grad-norm 10 --anneal-lr"
 )
 SHORT_RUNS["rsacd"] += " --aggregate mean --no-critic-entropy --no-previous-action"
+SHORT_RUNS["impala_lstm"] = SHORT_RUNS["impala"] + " --embed-dim 16"
 SHORT_RUNS["rppo_continuous"] = (
     "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
     "--recompute-advantages"
@@ -298,9 +299,9 @@ def test_a_killed_run_resumes_exactly(tmp_path, name, num_seeds):
         config = json.loads((whole / "config.json").read_text())["args"]
         args = module.Args(**config | {"run_dir": None})
         rest = (0, args.env_kwargs, tuple(args.mask_obs))
-        envs = [module.make_env(args.env_id, args.num_envs, *rest)]
-        if name == "impala":
-            envs = [module.make_env(args.env_id, args.num_envs // 2, *rest) for _ in range(2)]
+        number = getattr(args, "num_actors", 1)
+        size = args.num_envs // number
+        envs = [module.make_env(args.env_id, size, *rest) for _ in range(number)]
         init, key = module.make_train(args, *envs)[0], jax.random.key(0)
         if num_seeds > 1:
             init, key = partial(jax.lax.map, init), jax.random.split(key, num_seeds)
@@ -489,6 +490,11 @@ OWN_BAD_FLAGS = {
     ("impala", "--c-bar 3"): "--c-bar 3.0 must be at most --rho-bar 1.0",
     ("impala", "--learner-device-ids 7"): "--learner-device-ids takes different ids of the 1",
     ("impala", "--actor-device-ids 0 0"): "--actor-device-ids takes different ids",
+    ("impala_lstm", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
+    ("impala_lstm", "--num-minibatches 5"): "must be a multiple of 5",
+    ("impala_lstm", "--embed-dim 0"): "--embed-dim must be from 1",
+    ("impala_lstm", "--memory nothing"): "there are dnc, ffm,",
+    ("impala_lstm", '--memory s5 --memory-kwargs {"stats":3}'): "argument 'stats'",
 }
 
 

@@ -14,6 +14,7 @@ from probes import (
     ON_POLICY,
     SCRIPTS,
     SEQUENCES,
+    THREADED,
     VALUE_BASED,
     greedy_player,
     learn,
@@ -136,7 +137,7 @@ def test_the_ratio_is_1_before_the_first_update(name):
     """What the rollout stored is what the agent computes again, across episode ends."""
     script, args, env = importlib.import_module(name), small_args(name), real_env(name)
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(0))
-    acting = state.acting[0] if name == "impala" else state.acting
+    acting = state.acting[0] if name in THREADED else state.acting
     last, batch = script.rollout(state.agent, env, acting, jax.random.key(1), 64)
     assert batch.done.sum() >= NUM_ENVS
     *pi, value = state.agent(batch.obs)
