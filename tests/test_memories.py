@@ -26,6 +26,7 @@ SMALL = {  # what looks back no farther than a part of the sequences here, sever
     "mlstm": {"piece": 7},  # three of them, and a rest
     "shm": {"features": 5},
     "ffm": {"features": 5, "context": 3},
+    "xlstm": {"heads": 2},  # of two numbers a head, its norm leaves signs, which rounding can turn
     "dnc": {"slots": 4, "width": 3, "readers": 2},
     "gpt2": {"length": 5},
     "gtrxl": {"length": 5},
@@ -417,7 +418,7 @@ def test_the_mlstm_is_its_recurrence_step_by_step():
 
 def test_an_xlstm_s_mlstm_block_is_its_equations():
     """The convolution by NumPy's, episode by episode; the cell in float64, its stabiliser left out."""
-    module, (x, reset) = make("xlstm", blocks="m"), inputs()
+    module, (x, reset) = make("xlstm", blocks="m", heads=4), inputs()
     (block,), a = module.blocks, lambda x: np.asarray(x, np.float64)
     y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
     p, z = np.split(a(block.up(block.norm(x))), 2, axis=-1)
@@ -448,7 +449,7 @@ def test_an_xlstm_s_mlstm_block_is_its_equations():
 
 @pytest.mark.thorough
 def test_an_xlstm_s_slstm_block_is_the_slstm_beside_what_came_in():
-    module, cell, (x, reset) = make("xlstm", blocks="s"), make("slstm"), inputs()
+    module, cell, (x, reset) = make("xlstm", blocks="s", heads=4), make("slstm"), inputs()
     (block,) = module.blocks
     for part in ("kernel", "bias"):
         getattr(cell.inputs, part)[...] = getattr(block.inputs, part)[...]
