@@ -9,28 +9,10 @@ L, and 2 length D L for attention. Good at: finding one step among many. Bad at:
 Differs from the paper: sines, not learned positions, since an episode has no longest length.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-
-
-class Inputs(NamedTuple):
-    """What learning starts from; no gradient flows into it."""
-
-    layers: tuple[Array, ...]  # of each layer [B, M, D], the last steps' inputs, the oldest first
-    age: Array  # [B], of the last step in its episode, -1 before any
-
-
-class Ring(NamedTuple):
-    """The same for acting, with one place more: the next step is written over the oldest, then read."""
-
-    keys: tuple[Array, ...]  # of each layer [B, M + 1, H, D / H]
-    values: tuple[Array, ...]
-    slot: Array  # [B], where to write
-    age: Array  # [B]
 
 
 class Memory(nnx.Module):
@@ -45,47 +27,46 @@ class Memory(nnx.Module):
         self.layers = nnx.List([Layer(size, heads, layers, rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(size, rngs=rngs)
 
-    def initial_memory(self, batch: int) -> Inputs:
+    def initial_memory(self, batch: int) -> tuple[list[Array], Array]:
+        """Of each layer the last inputs [B, M, D], the oldest first; and the age [B] of the last step in its
+        episode, -1 before any.
+        """
         zeros = jnp.zeros((batch, self.length, self.size))
-        return Inputs((zeros,) * len(self.layers), jnp.full(batch, -1))
+        return [zeros] * len(self.layers), jnp.full(batch, -1)
 
-    def open(self, memory: Inputs) -> Ring:
-        """Keys and values of what is remembered, for as long as the parameters stay the same."""
-        room = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-        pairs = [layer.keys_values(x) for layer, x in zip(self.layers, memory.layers, strict=True)]
-        keys, values = [tuple(room(x) for x in part) for part in zip(*pairs, strict=True)]
-        return Ring(keys, values, jnp.full_like(memory.age, self.length), memory.age)
+    def open(self, memory: tuple) -> tuple[list, Array]:
+        """Keys and values, both [B, M, H, D / H], of those inputs, as long as the parameters are the same."""
+        inputs, age = memory
+        return [layer.keys_values(x) for layer, x in zip(self.layers, inputs, strict=True)], age
 
-    def step(self, acting: Ring, x: Array, reset: Array) -> tuple[Ring, Array]:
+    def step(self, acting: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
         """x [B, D], reset [B] -> acting, y [B, D]."""
-        age, envs = jnp.where(reset, 0, acting.age + 1), jnp.arange(len(x))
-        distance = (acting.slot[:, None] - jnp.arange(self.length + 1)) % (self.length + 1)
-        visible = (distance <= age[:, None])[:, None]  # [B, 1, M + 1]
-        x, rings = (x + sinusoids(age, self.size))[:, None], []  # [B, 1, D]
-        for layer, *ring in zip(self.layers, acting.keys, acting.values, strict=True):
-            new = layer.keys_values(x)
-            ring = [a.at[envs, acting.slot].set(b[:, 0]) for a, b in zip(ring, new, strict=True)]
-            rings.append(ring)
-            x = layer(x, *ring, visible)
-        slot = (acting.slot + 1) % (self.length + 1)
-        return Ring(*zip(*rings, strict=True), slot, age), self.norm(x[:, 0])
+        cached, age = acting
+        age, after = jnp.where(reset, 0, age + 1), []
+        visible = (jnp.arange(self.length, -1, -1) <= age[:, None])[:, None]  # [B, 1, M + 1]
+        x = (x + sinusoids(age, self.size))[:, None]  # [B, 1, D]
+        for layer, old in zip(self.layers, cached, strict=True):
+            pairs = zip(old, layer.keys_values(x), strict=True)
+            keys, values = [jnp.concatenate(pair, axis=1) for pair in pairs]
+            after.append((keys[:, 1:], values[:, 1:]))
+            x = layer(x, keys, values, visible)
+        return (after, age), self.norm(x[:, 0])
 
-    def unroll(self, memory: Inputs, x: Array, reset: Array) -> tuple[Inputs, Array]:
-        """x [T, B, D], reset [T, B] -> memory, y [T, B, D]."""
-        steps = jnp.arange(len(x))
-        first = jax.lax.cummax(jnp.where(reset, steps[:, None], -1), axis=0)  # of the episode
-        age = jnp.where(
-            first < 0, memory.age + 1 + steps[:, None], steps[:, None] - first
-        )  # [T, B]
-        distance = steps[:, None] - jnp.arange(-self.length, len(x))  # [T, M + T]
+    def unroll(self, memory: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
+        """x [T, B, D], reset [T, B] -> memory, into which no gradient flows, y [T, B, D]."""
+        inputs, age = memory
+        steps = jnp.arange(len(x))[:, None]
+        first = jax.lax.cummax(jnp.where(reset, steps, -1 - age), axis=0)  # of the episode
+        age = steps - first  # [T, B]
+        distance = steps - jnp.arange(-self.length, len(x))  # [T, M + T]
         farthest = jnp.minimum(age.T, self.length)[..., None]
         visible = (distance >= 0) & (distance <= farthest)  # [B, T, M + T]
-        x, inputs = (x + sinusoids(age, self.size)).swapaxes(0, 1), []  # [B, T, D]
-        for layer, old in zip(self.layers, memory.layers, strict=True):
+        x, after = (x + sinusoids(age, self.size)).swapaxes(0, 1), []  # [B, T, D]
+        for layer, old in zip(self.layers, inputs, strict=True):
             known = jnp.concatenate([old, x], axis=1)  # [B, M + T, D]
-            inputs.append(jax.lax.stop_gradient(known[:, -self.length :]))
+            after.append(jax.lax.stop_gradient(known[:, -self.length :]))
             x = layer(x, *layer.keys_values(known), visible)
-        return Inputs(tuple(inputs), age[-1]), self.norm(x).swapaxes(0, 1)
+        return (after, age[-1]), self.norm(x).swapaxes(0, 1)
 
 
 class Layer(nnx.Module):

@@ -10,28 +10,10 @@ is what learning starts from; acting keeps their keys and values. Cost per step:
 for attention. Good at: finding one step among many. Bad at: what lies farther back than L length.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-
-
-class Inputs(NamedTuple):
-    """What learning starts from; no gradient flows into it."""
-
-    layers: tuple[Array, ...]  # of each layer [B, M, D], normalised inputs, the oldest first
-    age: Array  # [B], of the last step in its episode, -1 before any
-
-
-class Ring(NamedTuple):
-    """The same for acting, with one place more: the next step is written over the oldest, then read."""
-
-    keys: tuple[Array, ...]  # of each layer [B, M + 1, H, D / H]
-    values: tuple[Array, ...]
-    slot: Array  # [B], where to write
-    age: Array  # [B]
 
 
 class Memory(nnx.Module):
@@ -43,47 +25,45 @@ class Memory(nnx.Module):
         self.size, self.length = size, length
         self.layers = nnx.List([Layer(size, heads, gate_bias, rngs) for _ in range(layers)])
 
-    def initial_memory(self, batch: int) -> Inputs:
+    def initial_memory(self, batch: int) -> tuple[list[Array], Array]:
+        """Of each layer the last inputs, normalised [B, M, D], the oldest first; and the age [B] of the last
+        step in its episode, -1 before any.
+        """
         zeros = jnp.zeros((batch, self.length, self.size))
-        return Inputs((zeros,) * len(self.layers), jnp.full(batch, -1))
+        return [zeros] * len(self.layers), jnp.full(batch, -1)
 
-    def open(self, memory: Inputs) -> Ring:
-        """Keys and values of what is remembered, for as long as the parameters stay the same."""
-        room = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-        pairs = [layer.keys_values(x) for layer, x in zip(self.layers, memory.layers, strict=True)]
-        keys, values = [tuple(room(x) for x in part) for part in zip(*pairs, strict=True)]
-        return Ring(keys, values, jnp.full_like(memory.age, self.length), memory.age)
+    def open(self, memory: tuple) -> tuple[list, Array]:
+        """Keys and values, both [B, M, H, D / H], of those inputs, as long as the parameters are the same."""
+        inputs, age = memory
+        return [layer.keys_values(x) for layer, x in zip(self.layers, inputs, strict=True)], age
 
-    def step(self, acting: Ring, x: Array, reset: Array) -> tuple[Ring, Array]:
+    def step(self, acting: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
         """x [B, D], reset [B] -> acting, y [B, D]."""
-        age, envs = jnp.where(reset, 0, acting.age + 1), jnp.arange(len(x))
-        distance = (acting.slot[:, None] - jnp.arange(self.length + 1)) % (self.length + 1)
-        visible, x, rings = (distance <= age[:, None])[:, None], x[:, None], []  # [B, 1, ...]
-        from_farthest = (self.length - distance)[:, None, None]
-        by_slot = lambda scores: jnp.take_along_axis(scores, from_farthest, axis=-1)
-        for layer, *ring in zip(self.layers, acting.keys, acting.values, strict=True):
-            new = layer.keys_values(norm(x))
-            ring = [a.at[envs, acting.slot].set(b[:, 0]) for a, b in zip(ring, new, strict=True)]
-            rings.append(ring)
-            x = layer(x, *ring, visible, self.length, by_slot)
-        slot = (acting.slot + 1) % (self.length + 1)
-        return Ring(*zip(*rings, strict=True), slot, age), x[:, 0]
+        cached, age = acting
+        age, after = jnp.where(reset, 0, age + 1), []
+        visible = (jnp.arange(self.length, -1, -1) <= age[:, None])[:, None]  # [B, 1, M + 1]
+        x = x[:, None]  # [B, 1, D]
+        for layer, old in zip(self.layers, cached, strict=True):
+            pairs = zip(old, layer.keys_values(norm(x)), strict=True)
+            keys, values = [jnp.concatenate(pair, axis=1) for pair in pairs]
+            after.append((keys[:, 1:], values[:, 1:]))
+            x = layer(x, keys, values, visible)
+        return (after, age), x[:, 0]
 
-    def unroll(self, memory: Inputs, x: Array, reset: Array) -> tuple[Inputs, Array]:
-        """x [T, B, D], reset [T, B] -> memory, y [T, B, D]."""
-        steps = jnp.arange(len(x))
-        first = jax.lax.cummax(jnp.where(reset, steps[:, None], -1), axis=0)  # of the episode
-        age = jnp.where(
-            first < 0, memory.age + 1 + steps[:, None], steps[:, None] - first
-        )  # [T, B]
-        distance = steps[:, None] - jnp.arange(-self.length, len(x))  # [T, M + T]
+    def unroll(self, memory: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
+        """x [T, B, D], reset [T, B] -> memory, into which no gradient flows, y [T, B, D]."""
+        inputs, age = memory
+        steps = jnp.arange(len(x))[:, None]
+        first = jax.lax.cummax(jnp.where(reset, steps, -1 - age), axis=0)  # of the episode
+        age = steps - first  # [T, B]
+        distance = steps - jnp.arange(-self.length, len(x))  # [T, M + T]
         farthest = jnp.minimum(age.T, self.length)[..., None]
-        visible, x, inputs = (distance >= 0) & (distance <= farthest), x.swapaxes(0, 1), []
-        for layer, old in zip(self.layers, memory.layers, strict=True):
+        visible, x, after = (distance >= 0) & (distance <= farthest), x.swapaxes(0, 1), []
+        for layer, old in zip(self.layers, inputs, strict=True):
             known = jnp.concatenate([old, norm(x)], axis=1)  # [B, M + T, D]
-            inputs.append(jax.lax.stop_gradient(known[:, -self.length :]))
-            x = layer(x, *layer.keys_values(known), visible, self.length, shift)  # [B, T, D]
-        return Inputs(tuple(inputs), age[-1]), x.swapaxes(0, 1)
+            after.append(jax.lax.stop_gradient(known[:, -self.length :]))
+            x = layer(x, *layer.keys_values(known), visible)  # [B, T, D]
+        return (after, age[-1]), x.swapaxes(0, 1)
 
 
 class Layer(nnx.Module):
@@ -108,17 +88,16 @@ class Layer(nnx.Module):
         keys, values = jnp.split(self.key_value(inputs), 2, axis=-1)
         return self.split(keys), self.split(values)
 
-    def __call__(self, x, keys, values, visible: Array, length: int, by_step) -> Array:
-        """x [B, T, D], keys and values [B, S, H, D / H], visible [B, T, S]; by_step: scores by distance,
-        from the farthest, M, to 0 -> by step -> x for the next layer.
-        """
+    def __call__(self, x, keys, values, visible: Array) -> Array:
+        """x [B, T, D], keys and values [B, M + T, H, D / H], visible [B, T, M + T] -> x for the next layer."""
         query, scale = self.query(norm(x)), (x.shape[-1] // self.heads) ** -0.5
         with_u, with_v = [
             self.split((query + b[...]) * scale) for b in (self.content_bias, self.position_bias)
         ]
-        r = self.split(self.positions(sinusoids(jnp.arange(length, -1, -1), x.shape[-1])))
+        distances = jnp.arange(keys.shape[1] - x.shape[1], -1, -1)  # M to 0
+        r = self.split(self.positions(sinusoids(distances, x.shape[-1])))
         scores = jnp.einsum("bthd,bshd->bhts", with_u, keys)
-        scores += by_step(jnp.einsum("bthd,ohd->bhto", with_v, r))
+        scores += shift(jnp.einsum("bthd,ohd->bhto", with_v, r))
         weights = nnx.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
         attended = jnp.einsum("bhts,bshd->bthd", weights, values).reshape(x.shape)
         x = self.gate_1(x, nnx.relu(self.attended(attended)))
@@ -161,8 +140,6 @@ def shift(scores: Array) -> Array:
 
     Row i moves right by i: rows padded to M + T + 1 are read as rows of M + T (1901.02860, app. B).
     """
-    *batch, steps, distances = scores.shape
-    width = distances - 1 + steps
-    flat = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, steps)])
-    flat = flat.reshape(*batch, steps * (width + 1))[..., : steps * width]
-    return flat.reshape(*batch, steps, width)
+    *batch, steps, _ = scores.shape
+    flat = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, steps)]).reshape(*batch, -1)
+    return flat[..., :-steps].reshape(*batch, steps, -1)

@@ -4,10 +4,11 @@
     C' = f C + i k v^T     n' = f n + i k     y = q C' / max(|q n'|, exp(-m'))
 
 For each head a matrix C to which a value v is added under its key k, and from which a query q reads; two
-gates decay and take in. Nothing of y enters the next step, so an unroll is a masked product of all
-queries with all keys. State: D^2 / heads + D + heads numbers. Cost per step: 4 D^2 + 2 D^2 / heads, and as
-much as T D more in an unroll of T. Good at: many items, recalled by content. Bad at: comparing with what
-the state already is. Differs from the paper: no block around the cell (xlstm.py has it).
+gates decay and take in. Nothing of y enters the next step, so `piece` steps are a masked product of all
+their queries with all their keys, and an unroll is piece after piece: short ones on a CPU. State: D^2 / heads
++ D + heads numbers. Cost per step: 4 D^2 + 2 D^2 / heads, and up to 2 piece D more in an unroll. Good at: many
+items, recalled by content. Bad at: comparing with what the state already is. Differs from the paper: no
+block around the cell (xlstm.py has it).
 """
 
 import jax
@@ -19,10 +20,11 @@ from jax import Array
 class Memory(nnx.Module):
     """An mLSTM; a reset clears C and n and puts m to "nothing yet" before the cell."""
 
-    def __init__(self, size: int, rngs: nnx.Rngs, heads: int = 4):
+    def __init__(self, size: int, rngs: nnx.Rngs, heads: int = 4, piece: int | None = None):
         if size % heads:
             raise ValueError(f"heads must divide the width {size}, not {heads}")
         self.size, self.heads = size, heads
+        self.piece = piece or (16 if jax.default_backend() == "cpu" else 128)
         self.query_key_value = nnx.Linear(size, 3 * size, use_bias=False, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.gates = nnx.Linear(size, 2 * heads, kernel_init=zeros, rngs=rngs)
@@ -42,11 +44,23 @@ class Memory(nnx.Module):
 
     def step(self, acting: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
         """x [B, D], reset [B] -> acting, y [B, D]."""
-        memory, y = self.unroll(acting, x[None], reset[None])
-        return memory, y[0]
+        acting, y = self.at_once(acting, x[None], reset[None])
+        return acting, y[0]
 
     def unroll(self, memory: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
-        """x [T, B, D], reset [T, B] -> memory, y [T, B, D], all steps at once (eq. 65-74 of app. A.3)."""
+        """x [T, B, D], reset [T, B] -> memory, y [T, B, D], piece by piece and then the rest."""
+        whole = len(x) - len(x) % self.piece
+        cut = lambda x: x[:whole].reshape(-1, self.piece, *x.shape[1:])
+        turn = lambda memory, piece: self.at_once(memory, *piece)
+        memory, y = jax.lax.scan(turn, memory, (cut(x), cut(reset)))
+        y = y.reshape(whole, *x.shape[1:])
+        if whole < len(x):
+            memory, rest = self.at_once(memory, x[whole:], reset[whole:])
+            y = jnp.concatenate([y, rest])
+        return memory, y
+
+    def at_once(self, memory: tuple, x: Array, reset: Array) -> tuple[tuple, Array]:
+        """The same, all steps at once (eq. 65-74 of app. A.3)."""
         C, n, m = memory
         split = lambda x: x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2, 0, 3)
         q, k, v = [split(x) for x in jnp.split(self.query_key_value(x), 3, axis=-1)]  # [B, H, T, d]

@@ -5,8 +5,9 @@ arXiv:2303.03982.
 
 Oscillators that decay: lambda are the eigenvalues of HiPPO's matrix, one of each conjugate pair, Delta a
 learned step for each. Each layer: LN, the model, GELU, a gate, and the input added. Nothing of y enters
-the next step. State: states / 2 complex numbers a layer. Cost per step and layer: 2 states D + 2 D^2. Good
-at: speed, and long spans. Bad at: choosing what to keep, since the decay does not look at the input.
+the next step, so an unroll may be a tree of products (parallel; by default not on a CPU). State: states / 2
+complex numbers a layer. Cost per step and layer: 2 states D + 2 D^2. Good at: speed, and long spans. Bad at:
+choosing what to keep, since the decay does not look at the input.
 """
 
 import jax
@@ -19,9 +20,9 @@ from jax import Array
 class Memory(nnx.Module):
     """A stack of S5 layers; a reset puts the decay of its step to 0."""
 
-    def __init__(self, size: int, rngs: nnx.Rngs, states: int = 64, layers: int = 2):
+    def __init__(self, size: int, rngs: nnx.Rngs, states: int = 64, layers: int = 2, parallel=None):
         self.states = states
-        self.layers = nnx.List([Layer(size, states, rngs) for _ in range(layers)])
+        self.layers = nnx.List([Layer(size, states, rngs, parallel) for _ in range(layers)])
 
     def initial_memory(self, batch: int) -> list[Array]:
         """A state [B, states / 2], complex, for each layer."""
@@ -47,7 +48,8 @@ class Memory(nnx.Module):
 class Layer(nnx.Module):
     """x + gate(GELU(S5(LN(x)))). Complex parameters are kept as real and imaginary parts."""
 
-    def __init__(self, size: int, states: int, rngs: nnx.Rngs, block: int = 16):
+    def __init__(self, size: int, states: int, rngs: nnx.Rngs, parallel, block: int = 16):
+        self.parallel = jax.default_backend() != "cpu" if parallel is None else parallel
         half, draw = states // 2, rngs.params.normal
         values, vectors = hippo(min(block, states))
         copies = -(-half // len(values))
@@ -76,9 +78,23 @@ class Layer(nnx.Module):
             state = jnp.where(reset[:, None], 0.0, decay * state) + inputs
             return state, state
 
-        state, states = jax.lax.scan(advance, state, (inputs, reset))
+        if self.parallel:
+            states = tree(state, jnp.where(reset[..., None], 0.0, decay), inputs)
+        else:
+            _, states = jax.lax.scan(advance, state, (inputs, reset))
         y = nnx.gelu(2.0 * (states @ C.T).real + self.feedthrough[...] * u)
-        return state, x + self.value(y) * nnx.sigmoid(self.gate(y))
+        return states[-1], x + self.value(y) * nnx.sigmoid(self.gate(y))
+
+
+def tree(state: Array, decay: Array, inputs: Array) -> Array:
+    """s_t = decay_t s_(t-1) + inputs_t -> s of all steps, [T, B, ...]: more work than a loop, fewer turns.
+
+    state [B, ...] is what came before; decay, 0 at a reset, and inputs [T, B, ...] or broadcast to it.
+    """
+    decay, inputs = jnp.broadcast_arrays(decay, inputs)
+    inputs = jnp.concatenate([decay[:1] * state + inputs[:1], inputs[1:]])
+    after = lambda one, two: (two[0] * one[0], two[0] * one[1] + two[1])
+    return jax.lax.associative_scan(after, (decay, inputs))[1]
 
 
 def hippo(size: int) -> tuple[np.ndarray, np.ndarray]:

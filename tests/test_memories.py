@@ -20,14 +20,18 @@ import rppo
 
 NAMES = sorted(path.stem for path in (ROOT / "memories").glob("*.py"))
 MEMORIES = {name: runpy.run_path(str(ROOT / "memories" / f"{name}.py"))["Memory"] for name in NAMES}
-SMALL = {  # rings shorter than the sequences here, several layers and heads
+SMALL = {  # what looks back no farther than a part of the sequences here, several layers and heads
     "s5": {"states": 8},
+    "lru": {"states": 5},
+    "mlstm": {"piece": 7},  # three of them, and a rest
     "shm": {"features": 5},
     "ffm": {"features": 5, "context": 3},
+    "xlstm": {"heads": 2},  # of two numbers a head, its norm leaves signs, which rounding can turn
     "dnc": {"slots": 4, "width": 3, "readers": 2},
     "gpt2": {"length": 5},
     "gtrxl": {"length": 5},
 }
+LINEAR = ("ffm", "lru", "s5", "shm")  # their unroll is a loop or a tree of products
 SIZE, BATCH, STEPS = 8, 5, 24
 unroll = jax.jit(lambda module, *x: module.unroll(*x))
 
@@ -122,6 +126,53 @@ def test_environments_do_not_mix(name):
     memory = jax.tree.map(lambda leaf: leaf[chosen], used(name))
     some = unroll(module, memory, x[:, chosen], reset[:, chosen])[1]
     assert_close(some, unroll(module, used(name), x, reset)[1][:, chosen])
+
+
+def gradients(module, memory, x, reset):
+    """Of what an unroll answers and leaves behind, by its parameters, what came before, and x."""
+    leaves, structure = jax.tree.flatten(memory)
+    real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def loss(module, some, x):
+        some = iter(some)
+        begin = [next(some) if r else leaf for r, leaf in zip(real, leaves, strict=True)]
+        end, y = module.unroll(jax.tree.unflatten(structure, begin), x, reset)
+        return (y**2).sum() + sum((jnp.abs(leaf) ** 2).sum() for leaf in jax.tree.leaves(end))
+
+    some = [leaf for r, leaf in zip(real, leaves, strict=True) if r]
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(module, some, x)
+
+
+def assert_the_same(one, other, steps=STEPS):
+    """Two forms of a memory, with the same parameters, from the middle of episodes: to the last gradient."""
+    middle = unroll(other, other.initial_memory(BATCH), *inputs(seed=9, steps=13))[0]
+    of = lambda module, *x: (unroll(module, *x), gradients(module, *x))
+    forms = [of(module, middle, *inputs(steps=steps)) for module in (one, other)]
+    for a, b in zip(*map(jax.tree.leaves, forms), strict=True):
+        assert_close(a, b, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("name", quick(LINEAR, "shm"))
+def test_a_tree_of_products_is_the_loop(name):
+    """With resets, also at the first step, and for sequences of one step."""
+    tree, loop = make(name, parallel=True), make(name, parallel=False)
+    for steps in (STEPS, 1):
+        assert_the_same(tree, loop, steps)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_tree_is_the_choice_where_there_is_an_accelerator(name, monkeypatch):
+    has_tree = lambda module: [m.parallel for m in getattr(module, "layers", [module])]
+    make = lambda **kwargs: MEMORIES[name](SIZE, nnx.Rngs(0), **kwargs)
+    assert not any(has_tree(make())) and all(has_tree(make(parallel=True)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert all(has_tree(make())) and not any(has_tree(make(parallel=False)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("piece", [1, 6, 7, STEPS])
+def test_the_mlstm_s_pieces_are_all_steps_at_once(piece):
+    assert_the_same(*[make("mlstm", heads=1, piece=n) for n in (piece, 100)])
 
 
 # --- What a step may know -------------------------------------------------------------------------
@@ -365,6 +416,114 @@ def test_the_mlstm_is_its_recurrence_step_by_step():
                 )
 
 
+def test_an_xlstm_s_mlstm_block_is_its_equations():
+    """The convolution by NumPy's, episode by episode; the cell in float64, its stabiliser left out."""
+    module, (x, reset) = make("xlstm", blocks="m", heads=4), inputs()
+    (block,), a = module.blocks, lambda x: np.asarray(x, np.float64)
+    y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
+    p, z = np.split(a(block.up(block.norm(x))), 2, axis=-1)
+    silu, u, h = lambda x: x / (1 + np.exp(-x)), np.zeros_like(p), np.zeros_like(p)
+    for b in range(BATCH):
+        starts = [0, *[t for t in range(1, STEPS) if reset[t, b]], STEPS]
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            taps = a(block.taps[...])[::-1].T  # the newest input first
+            conv = [np.convolve(c, w) for c, w in zip(p[start:end, b].T, taps, strict=True)]
+            u[start:end, b] = silu(np.array(conv).T[: end - start])
+    q, k = np.split(u @ a(block.query_key.kernel[...]), 2, axis=-1)
+    v, gates = p @ a(block.value.kernel[...]), a(block.gates(jnp.asarray(u, jnp.float32)))
+    for b in range(BATCH):
+        for head in range(4):
+            d = slice(4 * head, 4 * head + 4)
+            for t in range(STEPS):
+                if t == 0 or reset[t, b]:
+                    C, n = np.zeros((4, 4)), np.zeros(4)
+                keep, take = 1 / (1 + np.exp(-gates[t, b, 4 + head])), np.exp(gates[t, b, head])
+                C = keep * C + take * np.outer(k[t, b, d] / 2, v[t, b, d])
+                n = keep * n + take * k[t, b, d] / 2
+                read = q[t, b, d] @ C / max(abs(q[t, b, d] @ n), 1.0)
+                h[t, b, d] = (read - read.mean()) / np.sqrt(read.var() + 1e-6)
+    inner = (h * a(block.scale[...]) + a(block.skip[...]) * u) * silu(z)
+    expected = module.norm(x + block.down(jnp.asarray(inner, jnp.float32)))
+    assert_close(y, expected, atol=2e-3)
+
+
+@pytest.mark.thorough
+def test_an_xlstm_s_slstm_block_is_the_slstm_beside_what_came_in():
+    module, cell, (x, reset) = make("xlstm", blocks="s", heads=4), make("slstm"), inputs()
+    (block,) = module.blocks
+    for part in ("kernel", "bias"):
+        getattr(cell.inputs, part)[...] = getattr(block.inputs, part)[...]
+    cell.recurrent[...] = jnp.concatenate([*block.recurrent[...]], axis=-1)
+    cell.scale[...] = block.scale[...]
+    h = unroll(cell, cell.initial_memory(BATCH), block.norm_1(x), reset)[1]
+    gate, value = jnp.split(block.hidden(block.norm_2(x + h)), 2, axis=-1)
+    expected = module.norm(x + h + block.output(nnx.gelu(gate) * value))
+    assert_close(unroll(module, module.initial_memory(BATCH), x, reset)[1], expected, atol=1e-4)
+    make.cache_clear()  # slstm has been changed
+
+
+@pytest.mark.thorough
+def test_an_xlstm_whose_blocks_give_nothing_is_its_last_normalisation():
+    module, (x, reset) = MEMORIES["xlstm"](SIZE, nnx.Rngs(0), blocks="msm"), inputs()
+    zero = lambda parameter: parameter.__setitem__(..., 0.0 * parameter[...])
+    for block, kind in zip(module.blocks, "msm", strict=True):
+        zero(block.down.kernel if kind == "m" else block.output.kernel)
+        if kind == "s":
+            zero(block.scale)
+    y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
+    assert_close(y, module.norm(x))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_xlstm_s_first_step_counts_however_shy_its_gate(reset):
+    """i~ = -110 at the start of an episode: there is nothing else, so h is tanh z~ (with o~ = 50)."""
+    module = MEMORIES["xlstm"](SIZE, nnx.Rngs(0), blocks="s")
+    (block,), x = module.blocks, inputs()[0][0]
+    bias = block.inputs.bias[...].at[:SIZE].set(-110.0).at[3 * SIZE :].set(50.0)
+    block.inputs.bias[...] = bias
+    memory = module.initial_memory(BATCH)
+    if reset:  # at the end of another episode
+        memory = unroll(module, memory, *inputs(seed=9))[0]
+    ((*_, h),), _ = module.step(memory, x, jnp.full(BATCH, reset))
+    z = jnp.split(block.inputs(block.norm_1(x)), 4, axis=-1)[2]
+    assert_close(h, jnp.tanh(z), atol=1e-4)
+
+
+def test_a_framestack_is_the_last_inputs_of_the_episode():
+    """Exactly: each answer changes with those, and with no other."""
+    module, (x, reset) = make("framestack", length=3), inputs(batch=2)
+    y = unroll(module, module.initial_memory(2), x, reset)[1]
+    for b in range(2):
+        frames = [jnp.zeros(SIZE)] * 3
+        for t in range(STEPS):
+            frames = [x[t, b], *([jnp.zeros(SIZE)] * 2 if reset[t, b] else frames[:2])]
+            assert_close(y[t, b], jnp.tanh(module.project(jnp.concatenate(frames))))
+    answer = lambda x: unroll(module, module.initial_memory(2), x, reset & False)[1][10].sum()
+    seen = jnp.abs(jax.grad(answer)(x)).max(axis=(1, 2)) > 0
+    np.testing.assert_array_equal(jnp.flatnonzero(seen), [8, 9, 10])
+
+
+def test_an_lru_is_powers_of_its_eigenvalues_which_decay():
+    """y_t = Re(C sum_j lambda^(t - j) gamma B u_j) + d u_t, without resets, in float64."""
+    module, (x, reset) = make("lru"), inputs()
+    a = lambda x: np.asarray(x, np.float64)
+    values = np.exp(-np.exp(a(module.nu[...])) + 1j * np.exp(a(module.log_angle[...])))
+    gamma = np.sqrt(1 - np.abs(values) ** 2)
+    B, C = [a(p[0]) + 1j * a(p[1]) for p in (module.B[...], module.C[...])]
+    u = a(module.norm(x))
+    taken = gamma * (u @ B.T)
+    read = [sum(values ** (t - j) * taken[j] for j in range(t + 1)) @ C.T for t in range(STEPS)]
+    y = nnx.gelu(jnp.array(np.real(read)) + module.feedthrough[...] * u)
+    expected = x + module.value(y) * nnx.sigmoid(module.gate(y))
+    start = module.initial_memory(BATCH)
+    assert_close(unroll(module, start, x, reset & False)[1], expected, atol=1e-4)
+    fresh = MEMORIES["lru"](SIZE, nnx.Rngs(0), states=1000)
+    radius, angle = np.exp(-np.exp(fresh.nu[...])), np.exp(fresh.log_angle[...])
+    assert 0.899 < radius.min() < 0.91 and 0.99 < radius.max() < 0.9991  # the ring of section 3.4
+    assert 0 < angle.min() and angle.max() < np.pi / 10
+
+
 @pytest.mark.thorough
 def test_an_s5_layer_is_powers_of_its_eigenvalues():
     """y_t = 2 Re(C sum_j lambda^(t - j) B u_j) + d u_t, without resets, in float64."""
@@ -449,7 +608,7 @@ def test_the_dnc_follows_what_was_written_after_and_before():
 @pytest.mark.parametrize("name", ["gpt2", "gtrxl"])
 def test_no_gradient_flows_into_a_transformer_s_memory(name):
     module, (x, reset) = make(name), inputs()
-    kept = lambda x: sum(y.sum() for y in unroll(module, used(name), x, reset)[0].layers)
+    kept = lambda x: sum(y.sum() for y in unroll(module, used(name), x, reset)[0][0])
     assert jnp.all(jax.grad(kept)(x) == 0)
 
 
