@@ -95,7 +95,7 @@ class Args:
     learning_starts: int = 2_000  # environment steps, with random actions, before the first one
     updates_per_step: float = 0.125  # gradient steps for each environment step
     burn_in: int = 0  # first steps of a sequence: they warm its memories up, unlearned
-    tau: float = 0.01  # how far the target critics follow at each gradient step
+    tau: float = 0.02  # how far the target critics follow at each gradient step
     alpha: float = 0.1  # weight of the entropy, at the start if autotune
     autotune: bool = True  # learn alpha so that the entropy stays near its target
     target_entropy_scale: float = 0.5  # target of the entropy, as a share of the largest, log A

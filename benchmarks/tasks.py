@@ -116,8 +116,9 @@ RESULTS = {
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
     "pqn_cartpole": Task("pqn.py", "CartPole-v1", CARTPOLE_BY_PQN, TEN, 475),
+    "pqn_breakout": Task("pqn.py", "Breakout-MinAtar", bar=28),
     **{
-        f"pqn_{game.lower()}": Task(
+        f"pqn_{game.lower()}_10m": Task(
             "pqn.py", f"{game}-MinAtar", f"--env-id gymnax::{game}-MinAtar {MINATAR_STEPS}", bar=bar
         )
         for game, bar in zip(MINATAR, (15, 28, 58, 131), strict=True)  # PPO's in gymnax

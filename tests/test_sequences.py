@@ -1,5 +1,6 @@
 """What drqn.py, rsac.py and rsacd.py replay: sequences, the memory before them, episodes that end inside."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -167,8 +168,6 @@ def test_what_a_time_limit_cut_is_not_learned_from(name):
 
 @pytest.mark.parametrize("name", quick(SEQUENCES, "drqn"))
 def test_burn_in_warms_the_memory_up_without_a_gradient(name):
-    import dataclasses
-
     script, args, state = trained(name)
     args, sequences = dataclasses.replace(args, burn_in=3), stored(state, 7)
     in_time = lambda x: x.swapaxes(0, 1)
@@ -254,15 +253,14 @@ def test_values_are_rescaled_and_back_without_loss():
 
 def test_double_q_and_the_size_of_errors():
     """a* is the online network's; a sequence's error is 0.9 of the largest and 0.1 of the mean."""
-    import dataclasses
-
     script, args, state = trained("drqn")
     sequences = stored(state, 32)
-    target = jax.tree.map(lambda x: 0.7 * x, state.agent)
+    target = jax.tree.map(jnp.flip, state.agent)  # which prefers other actions
     q_values, next_q = [
         script.unroll(x, sequences.memory, sequences, args) for x in (state.agent, target)
     ]
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1), sequences.steps)
+    assert (q_values.argmax(axis=-1) != next_q.argmax(axis=-1)).mean() > 0.1
     for double in (True, False):
         own = dataclasses.replace(args, double_q=double)
         best = (q_values if double else next_q).argmax(axis=-1)
@@ -347,8 +345,7 @@ def test_only_actions_that_were_played_are_remembered(name):
         one, two = [script.unroll(history, before, x, args) for x in (sequences, changed)]
         np.testing.assert_array_equal(one[:5], two[:5])
         assert jnp.abs(one[5] - two[5]).max() > 1e-3
-        blind = history
-        assert blind.parts == (True, True, False)  # the rewards are left out by default
+        assert history.parts == (True, True, False)  # the rewards are left out by default
 
 
 @pytest.mark.parametrize("name", quick(["rsac", "rsacd"], "rsac"))
