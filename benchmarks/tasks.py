@@ -76,6 +76,10 @@ CARTPOLE_BY_PQN = (
     "--num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 "
     "--exploration-fraction 0.5 --reward-scale 0.1"
 )
+LANDER_BY_PQN = (
+    "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --reward-scale 0.1 --q-lambda 0.95 "
+    "--num-minibatches 16 --update-epochs 4 --end-e 0.02 --exploration-fraction 0.2"
+)
 HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
 )
@@ -116,6 +120,7 @@ RESULTS = {
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
     "pqn_cartpole": Task("pqn.py", "CartPole-v1", CARTPOLE_BY_PQN, TEN, 475),
+    "pqn_lunarlander": Task("pqn.py", LANDER, LANDER_BY_PQN, TEN, 200, judge=JUDGE),
     "pqn_breakout": Task("pqn.py", "Breakout-MinAtar", bar=28),
     **{
         f"pqn_{game.lower()}_10m": Task(
