@@ -87,7 +87,7 @@ class Args:
     num_minibatches: int = 16  # minibatches in each epoch, of whole environments
     update_epochs: int = 4  # passes over each batch
     start_e: float = 1.0  # epsilon at the start: the share of random actions
-    end_e: float = 0.05  # epsilon at the end
+    end_e: float = 0.02  # epsilon at the end
     exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # largest global norm of a gradient
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported

@@ -96,7 +96,13 @@ def used_memory(agent, name):
     return unroll(agent, agent.initial_memory(5), *steps_of(name, seed=7), [NUM_STEPS])[0]
 
 
-LONGER = ("ppo_gtrxl", "rppo")  # test_memories.py looks at that of rppo.py
+LONGER = (
+    "ppo_gtrxl",
+    "rppo",
+    "impala_lstm",
+    "drqn",
+    "rpqn",
+)  # test_memories.py looks at that of rppo.py
 VARIANTS = [(name, {}) for name in MEMORY if name not in LONGER]  # the others are for --thorough
 OTHERS = [(name, {}) for name in LONGER]
 OTHERS += [("ppo_trxl", {"positional_encoding": x}) for x in ("absolute", "learned")]
@@ -342,7 +348,7 @@ def test_burn_in_warms_the_memory_up_and_gives_no_gradient():
     assert jnp.abs(one - other).max() > 1e-6
 
 
-@pytest.mark.parametrize("memory_name", ["lstm", "gtrxl"])
+@pytest.mark.parametrize("memory_name", quick(["lstm", "gtrxl"], "lstm"))
 def test_sequences_begin_with_the_memory_before_their_first_step(memory_name):
     args = small_args("rppo_continuous", memory=memory_name)
     agent = agent_of("rppo_continuous", memory=memory_name)
