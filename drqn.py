@@ -508,7 +508,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
             buffer=replay.init(example),
             priorities=jnp.zeros(args.num_sequences) if args.prioritized_replay else None,
             acting=acting,
-            episode_stats=EpisodeStats(number[:, None] * jnp.zeros(2)),
+            episode_stats=EpisodeStats(jnp.zeros((args.num_envs, 2))),
             key=key,
             iteration=jnp.int32(0),
         )
@@ -525,11 +525,10 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
         acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         state = store(state, replay, recorded(memory, batch, acting), args)
-        state, sums, number = learn(state, replay, tx, step, update_key, args)
-        metrics = {name: x / jnp.maximum(number, 1) for name, x in sums.items()}
-        metrics |= {"charts/epsilon": epsilon, "charts/updates": number}
+        state, metrics = learn(state, replay, tx, step, update_key, args)
         state = state._replace(acting=acting, episode_stats=stats, key=key)
-        return state._replace(iteration=state.iteration + 1), metrics | episode_metrics
+        state = state._replace(iteration=state.iteration + 1)
+        return state, metrics | {"charts/epsilon": epsilon} | episode_metrics
 
     return init, train_iteration
 
@@ -552,8 +551,8 @@ def updates_due(step: Array | int, args: Args) -> Array | int:
 
 
 def learn(state: TrainState, replay: Any, tx, step: Array, key: Array, args: Args):
-    """The gradient steps that the rollout from this environment step on made due -> state, the sums of
-    their metrics, their number.
+    """The gradient steps that the rollout from this environment step on made due -> state, means of their
+    metrics.
     """
 
     def gradient_step(number, carry):
@@ -576,7 +575,8 @@ def learn(state: TrainState, replay: Any, tx, step: Array, key: Array, args: Arg
     carry = jax.lax.fori_loop(due_before, due, gradient_step, carry)
     agent, target, opt_state, priorities, sums = carry
     learned = {"agent": agent, "target": target, "opt_state": opt_state, "priorities": priorities}
-    return state._replace(**learned), sums, due - due_before
+    means = {name: x / jnp.maximum(due - due_before, 1) for name, x in sums.items()}
+    return state._replace(**learned), means | {"charts/updates": due}
 
 
 def update(agent, target, opt_state, tx, batch: Sequence, step: Array, args: Args):

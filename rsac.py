@@ -89,7 +89,7 @@ class Args:
     num_steps: int = 32  # steps in each environment in an iteration: a sequence
     policy_lr: float = 1e-3  # Adam's step size for the actor
     q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
-    anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 over the run
     max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
     gamma: float = 0.95  # discount factor
     buffer_size: int = 100_000  # environment steps kept for replay, in whole sequences
@@ -100,7 +100,7 @@ class Args:
     tau: float = 0.01  # how far the target critics follow at each gradient step
     alpha: float = 0.1  # weight of the entropy, at the start if autotune
     autotune: bool = True  # learn alpha so that the entropy stays near its target
-    target_entropy_scale: float = 1.0  # target of the entropy: minus this for each action entry
+    target_entropy_scale: float = 2.0  # target of the entropy: minus this for each action entry
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     previous_action: bool = True  # the memories see the action before each observation
     previous_reward: bool = False  # and the reward, scaled

@@ -62,9 +62,9 @@ SHORT_RUNS["drqn"] = (
 SHORT_RUNS["rsac"] = SHORT_RUNS["rsacd"] = (
     "--num-envs 16 --num-steps 32 --learning-starts 1500 --buffer-size 2100 --batch-size 16 "
     "--updates-per-step .02 --embed-dim 16 --actor-hidden-size 16 --critic-hidden-size 16 --burn-in 4 "
-    "--previous-reward --max-grad-norm 10 --anneal-lr"
+    "--previous-reward --max-grad-norm 10"
 )
-SHORT_RUNS["rsacd"] += " --aggregate mean --no-critic-entropy --no-previous-action"
+SHORT_RUNS["rsacd"] += " --anneal-lr --aggregate mean --no-critic-entropy --no-previous-action"
 SHORT_RUNS["impala_lstm"] = SHORT_RUNS["impala"] + " --embed-dim 16"
 SHORT_RUNS["rppo_continuous"] = (
     "--num-envs 16 --num-steps 32 --num-minibatches 4 --sequence-length 16 --burn-in 4 "
