@@ -18,9 +18,10 @@
 """Deep recurrent Q-network with any memory, double by default, in one file.
 
 Hausknecht and Stone 2015, arXiv:1507.06527; Kapturowski et al. 2019, "Recurrent Experience Replay in
-Distributed Reinforcement Learning" (R2D2: stored memories and burn-in, section 3; targets, rescaled values
-and priorities of sequences, section 2.3); van Hasselt et al. 2015, arXiv:1509.06461, eq. 4 (double
-Q-learning). The memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memories/.
+Distributed Reinforcement Learning" (R2D2: stored memories and burn-in, section 3; targets, rescaled
+values and priorities of sequences, section 2.3); van Hasselt et al. 2015, arXiv:1509.06461, eq. 4
+(double Q-learning). The memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in
+memories/.
 
     python drqn.py                                  # CartPole-v1 without the velocities
     python drqn.py --memory s5                      # memories/s5.py instead of the GRU in this file
@@ -182,7 +183,9 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class GRU(nnx.Module):
-    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in
+    memories/gru.py.
+    """
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         self.size, init = size, nnx.initializers.orthogonal()
@@ -390,7 +393,9 @@ def recorded(memory: Any, batch: Transition, acting: Acting) -> Sequence:
 
 
 def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args: Args):
-    """-> sequences [M, ...], their positions in the buffer [M]: uniform, or in proportion to priority."""
+    """-> sequences [M, ...], their positions in the buffer [M]: uniform, or in proportion to
+    priority.
+    """
     if priorities is None:
         return replay.sample(buffer, key).experience, None
     shares = priorities / priorities.sum()
@@ -399,8 +404,9 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args:
 
 
 def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:
-    """What a network with a memory gives at all steps of sequences that are learned from, and after them ->
-    [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of this network.
+    """What a network with a memory gives at all steps of sequences that are learned from, and after
+    them -> [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of
+    this network.
     """
     join = lambda x, last: jnp.concatenate([x.swapaxes(0, 1), last[None]])  # [T + 1, M, ...]
     steps = (batch.steps.obs, batch.steps.reset), (batch.last_obs, batch.last_reset)
@@ -418,7 +424,8 @@ def compute_targets(batch: Transition, next_values: Array, args: Args) -> tuple[
     """r_t + gamma r_t+1 + ... + gamma^n V_t+n, where n is n_step, or less at the end of the sequence, or
     where the task ended, and then without the last term -> targets, known, both [W, M].
 
-    batch [W, M]; next_values [W + 1, M]: V at its steps and after them. Not known is what a time limit cut.
+    batch [W, M]; next_values [W + 1, M]: V at its steps and after them. Not known is what a time
+    limit cut.
     """
     done = batch.terminated | batch.truncated
     targets, known = next_values, jnp.ones(next_values.shape, bool)
@@ -551,8 +558,8 @@ def updates_due(step: Array | int, args: Args) -> Array | int:
 
 
 def learn(state: TrainState, replay: Any, tx, step: Array, key: Array, args: Args):
-    """The gradient steps that the rollout from this environment step on made due -> state, means of their
-    metrics.
+    """The gradient steps that the rollout from this environment step on made due -> state, means of
+    their metrics.
     """
 
     def gradient_step(number, carry):

@@ -618,8 +618,8 @@ def to_sequences(x: Array, length: int) -> Array:
 
 
 def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
-    """Epochs of gradient steps on windows [W, K B, ...] that begin with memory [K B, ...], in minibatches of
-    them -> agent, opt_state, metrics.
+    """Epochs of gradient steps on windows [W, K B, ...] that begin with memory [K B, ...], in
+    minibatches of them -> agent, opt_state, metrics.
     """
 
     def minibatch_step(learner, indices):

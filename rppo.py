@@ -168,7 +168,9 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class GRU(nnx.Module):
-    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in
+    memories/gru.py.
+    """
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         self.size, init = size, nnx.initializers.orthogonal()

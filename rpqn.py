@@ -14,7 +14,8 @@
 #   "matplotlib>=3.9,<4",
 # ]
 # ///
-"""Parallelised Q-network with any memory: Q-learning without replay buffer and target network, in one file.
+"""Parallelised Q-network with any memory: Q-learning without replay buffer and target network, in one
+file.
 
 Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv:2407.04811. Targets: Peng and
 Williams 1994, "Incremental Multi-Step Q-Learning": Q(lambda) that goes on where the agent explored. The
@@ -25,9 +26,10 @@ memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memorie
 
 Expected: EXPECTED
 
-Differs from pqn.py in: a memory between the two hidden layers, which is cleared before the first observation of
-an episode; minibatches are whole rollouts of some environments, unrolled from the memory before them.
-The value of the observation after the last one, or beyond a time limit, is that of a further step.
+Differs from pqn.py in: a memory between the two hidden layers, which is cleared before the first
+observation of an episode; minibatches are whole rollouts of some environments, unrolled from the
+memory before them. The value of the observation after the last one, or beyond a time limit, is that
+of a further step.
 
 Differs from the paper: a time limit is not taken for the end of the task (Pardo et al. 2018,
 arXiv:1712.00378).
@@ -164,7 +166,9 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class GRU(nnx.Module):
-    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in
+    memories/gru.py.
+    """
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         self.size, init = size, nnx.initializers.orthogonal()
@@ -254,7 +258,9 @@ class CNN(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """Action values Q(obs, .): a memory between two hidden layers with LayerNorm; images pass an encoder."""
+    """Action values Q(obs, .): a memory between two hidden layers with LayerNorm; images pass an
+    encoder.
+    """
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
         self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None

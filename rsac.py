@@ -18,23 +18,24 @@
 """Recurrent soft actor-critic with any memory, in one file.
 
 Haarnoja et al. 2018, arXiv:1812.05905 (critic: eq. 5-6, actor: eq. 9, temperature: eq. 18, squashed
-Gaussian: appendix C); Ni et al. 2021, "Recurrent Model-Free RL Can Be a Strong Baseline for Many POMDPs",
-arXiv:2110.05038 (separate memories, previous actions and rewards: section 4). The memory: a GRU (Cho et al.
-2014, arXiv:1406.1078), or any of the files in memories/.
+Gaussian: appendix C); Ni et al. 2021, "Recurrent Model-Free RL Can Be a Strong Baseline for Many
+POMDPs", arXiv:2110.05038 (separate memories, previous actions and rewards: section 4). The memory: a
+GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memories/.
 
     python rsac.py                                  # Pendulum-v1 without the velocity
     python rsac.py --memory s5                      # memories/s5.py instead of the GRU in this file
 
 Expected: EXPECTED
 
-Differs from sac.py in: actor and critics have a memory each, of observations and, by flag, of the actions and
-rewards before them; an action is valued behind the memory, so that none but those played are remembered.
-What is replayed are sequences, whole rollouts of one environment with the memories before them, in which
-episodes end and begin. What a time limit cut is not learned from: the memory beyond it is not kept.
+Differs from sac.py in: actor and critics have a memory each, of observations and, by flag, of the
+actions and rewards before them; an action is valued behind the memory, so that none but those played
+are remembered. What is replayed are sequences, whole rollouts of one environment with the memories
+before them, in which episodes end and begin. What a time limit cut is not learned from: the memory
+beyond it is not kept.
 
-Differs from the papers: sequences begin with the memories of the agent that acted, not with the episode; all
-gradients of a step are taken at once, so each history is unrolled once, and the actor's critics
-are those before their own step.
+Differs from the papers: sequences begin with the memories of the agent that acted, not with the
+episode; all gradients of a step are taken at once, so each history is unrolled once, and the actor's
+critics are those before their own step.
 """
 
 import os
@@ -193,7 +194,9 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class GRU(nnx.Module):
-    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in
+    memories/gru.py.
+    """
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         self.size, init = size, nnx.initializers.orthogonal()
@@ -342,7 +345,9 @@ class Critic(nnx.Module):
         self.heads = nnx.List([linear(size, 1, 1.0, rngs) for _ in numbers])
 
     def __call__(self, x: Array, action: Array) -> Array:
-        """What the history gives [T, M, D + I], action [T, M, A] in [-1, 1] -> values [num_critics, T, M]."""
+        """What the history gives [T, M, D + I], action [T, M, A] in [-1, 1] -> values [num_critics,
+        T, M].
+        """
         x = jnp.concatenate([x, action], axis=-1)
         pairs = zip(self.bodies, self.heads, strict=True)
         return jnp.stack([head(body(x))[..., 0] for body, head in pairs])
@@ -408,7 +413,9 @@ def to_bounds(action: Array, env: "Env") -> Array:
 
 
 def next_seen(obs: Array, action: Array, reward: Array, done: Array) -> Seen:
-    """Of an episode that ended nothing is seen in the next: obs [B, obs_size], action [B, A], reward, done [B]."""
+    """Of an episode that ended nothing is seen in the next: obs [B, obs_size], action [B, A], reward,
+    done [B].
+    """
     return Seen(obs, jnp.where(done[:, None], 0.0, action), jnp.where(done, 0.0, reward))
 
 
@@ -447,8 +454,9 @@ def recorded(memory: Any, batch: Transition, acting: Acting) -> Sequence:
 
 
 def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:
-    """What a network with a memory gives at all steps of sequences that are learned from, and after them ->
-    [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of this network.
+    """What a network with a memory gives at all steps of sequences that are learned from, and after
+    them -> [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of
+    this network.
     """
     join = lambda x, last: jnp.concatenate([x.swapaxes(0, 1), last[None]])  # [T + 1, M, ...]
     steps = (batch.steps.obs, batch.steps.reset), (batch.last_obs, batch.last_reset)
@@ -465,8 +473,8 @@ def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:
 def compute_targets(
     target: Critic, x: Array, actions, logprobs, alpha, steps: Transition, args: Args
 ):
-    """reward + gamma (min Q'(s', a') - alpha log pi(a')), a' ~ pi, without the second term where the task
-    ended (eq. 3 and 6) -> [W, M].
+    """reward + gamma (min Q'(s', a') - alpha log pi(a')), a' ~ pi, without the second term where the
+    task ended (eq. 3 and 6) -> [W, M].
 
     x [W + 1, M, D + I]: what the history of the target critic gives; actions, logprobs [W + 1, M, ...].
     """

@@ -17,23 +17,23 @@
 # ///
 """Recurrent soft actor-critic for discrete actions with any memory, in one file.
 
-Christodoulou 2019, arXiv:1910.07207 (values: eq. 10, temperature: eq. 11, actor: eq. 12); Ni et al. 2021,
-"Recurrent Model-Free RL Can Be a Strong Baseline for Many POMDPs", arXiv:2110.05038 (separate memories,
-previous actions and rewards: section 4). The memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of
-the files in memories/.
+Christodoulou 2019, arXiv:1910.07207 (values: eq. 10, temperature: eq. 11, actor: eq. 12); Ni et al.
+2021, "Recurrent Model-Free RL Can Be a Strong Baseline for Many POMDPs", arXiv:2110.05038 (separate
+memories, previous actions and rewards: section 4). The memory: a GRU (Cho et al. 2014,
+arXiv:1406.1078), or any of the files in memories/.
 
     python rsacd.py                                 # CartPole-v1 without the velocities
     python rsacd.py --memory s5                     # memories/s5.py instead of the GRU in this file
 
 Expected: EXPECTED
 
-Differs from rsac.py in: a policy over numbered actions, whose expectations are sums, not samples; critics that
-value all actions at once. From sacd.py in: actor and critics have a memory each; what is replayed are
-sequences, in which episodes end and begin.
+Differs from rsac.py in: a policy over numbered actions, whose expectations are sums, not samples;
+critics that value all actions at once. From sacd.py in: actor and critics have a memory each; what is
+replayed are sequences, in which episodes end and begin.
 
-Differs from the papers as rsac.py and sacd.py do: sequences begin with the memories of the agent that acted,
-all gradients of a step are taken at once, the entropy's target is half of the largest, and what a time
-limit cut is not learned from.
+Differs from the papers as rsac.py and sacd.py do: sequences begin with the memories of the agent that
+acted, all gradients of a step are taken at once, the entropy's target is half of the largest, and
+what a time limit cut is not learned from.
 """
 
 import os
@@ -190,7 +190,9 @@ def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Lin
 
 
 class GRU(nnx.Module):
-    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in memories/gru.py."""
+    """Gated recurrent unit (arXiv:1406.1078); a reset clears h before the cell. As in
+    memories/gru.py.
+    """
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         self.size, init = size, nnx.initializers.orthogonal()
@@ -323,7 +325,9 @@ class Actor(nnx.Module):
 
 
 class Critic(nnx.Module):
-    """num_critics networks that value all actions behind one history, each with its own first weights."""
+    """num_critics networks that value all actions behind one history, each with its own first
+    weights.
+    """
 
     def __init__(self, obs_size: int, action_size: int, args: Args, rngs: nnx.Rngs):
         self.history, size = History(obs_size, action_size, args, rngs), args.critic_hidden_size
@@ -377,7 +381,9 @@ class Sequence(NamedTuple):
 
 
 def next_seen(obs: Array, action: Array, reward: Array, done: Array, action_size: int) -> Seen:
-    """Of an episode that ended nothing is seen in the next: obs [B, obs_size], action, reward, done [B]."""
+    """Of an episode that ended nothing is seen in the next: obs [B, obs_size], action, reward, done
+    [B].
+    """
     one_hot = jax.nn.one_hot(action, action_size)
     return Seen(obs, jnp.where(done[:, None], 0.0, one_hot), jnp.where(done, 0.0, reward))
 
@@ -415,8 +421,9 @@ def recorded(memory: Any, batch: Transition, acting: Acting) -> Sequence:
 
 
 def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:
-    """What a network with a memory gives at all steps of sequences that are learned from, and after them ->
-    [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of this network.
+    """What a network with a memory gives at all steps of sequences that are learned from, and after
+    them -> [W + 1, M, ...]. The first burn_in steps only warm the memory up, with the parameters of
+    this network.
     """
     join = lambda x, last: jnp.concatenate([x.swapaxes(0, 1), last[None]])  # [T + 1, M, ...]
     steps = (batch.steps.obs, batch.steps.reset), (batch.last_obs, batch.last_reset)
@@ -438,8 +445,8 @@ def aggregate(q_values: Array, args: Args) -> Array:
 def compute_targets(
     target: Critic, x: Array, logprobs: Array, alpha, steps: Transition, args: Args
 ):
-    """reward + gamma sum_a pi(a) (Q'(s', a) - alpha log pi(a)), without the second term where the task ended
-    (eq. 10) -> [W, M].
+    """reward + gamma sum_a pi(a) (Q'(s', a) - alpha log pi(a)), without the second term where the
+    task ended (eq. 10) -> [W, M].
 
     x [W + 1, M, D + I]: what the history of the target critic gives; logprobs [W + 1, M, A].
     """
