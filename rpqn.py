@@ -414,8 +414,9 @@ class TrainState(NamedTuple):
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
-    # RAdam needs no warm-up of the step size, which `update` is given.
-    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_radam())
+    # RAdam needs no warm-up of the step size, which `update` is given. Its epsilon: when a task is solved,
+    # gradients are near 0, and with 1e-8 the first failure is a step of many times the usual size.
+    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_radam(eps=1e-4))
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
