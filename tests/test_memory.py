@@ -275,12 +275,11 @@ def test_a_memory_of_one_step_is_learned(name):
 
 
 @pytest.mark.thorough
-def test_without_memory_it_stays_at_chance():
+@pytest.mark.parametrize("name", ["ppo", "impala", "pqn", "dqn", "sac", "sacd"])
+def test_without_memory_it_stays_at_chance(name):
     """The observation at the second step is always the same, so is the most probable action."""
-    import ppo
-
-    learned = learn("ppo", memory_probe("ppo"), 60)
-    play = jax.jit(lambda key: ppo.evaluate(learned.state, memory_probe("ppo"), key)[0])
+    learned, script = learn(name, memory_probe(name), 60), importlib.import_module(name)
+    play = jax.jit(lambda key: script.evaluate(learned.state, memory_probe(name), key)[0])
     returns = jax.vmap(play)(jax.random.split(jax.random.key(0), 200))
     assert abs(returns.mean()) < 4 / returns.size**0.5  # four standard errors of fair coins
 
