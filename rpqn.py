@@ -89,7 +89,7 @@ class Args:
     num_minibatches: int = 16  # minibatches in each epoch, of whole environments
     update_epochs: int = 4  # passes over each batch
     start_e: float = 1.0  # epsilon at the start: the share of random actions
-    end_e: float = 0.02  # epsilon at the end
+    end_e: float = 0.2  # epsilon at the end
     exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # largest global norm of a gradient
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
@@ -414,9 +414,8 @@ class TrainState(NamedTuple):
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
-    # RAdam needs no warm-up of the step size, which `update` is given. Its epsilon: when a task is solved,
-    # gradients are near 0, and with 1e-8 the first failure is a step of many times the usual size.
-    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_radam(eps=1e-4))
+    # RAdam needs no warm-up of the step size, which `update` is given.
+    tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_radam())
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
