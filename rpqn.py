@@ -24,7 +24,9 @@ memory: a GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memorie
     python rpqn.py                                  # CartPole-v1 without the velocities
     python rpqn.py --memory s5                      # memories/s5.py instead of the GRU in this file
 
-Expected: EXPECTED
+Expected on two CPU cores (greedy return, mean and std of 5 seeds, 100 episodes each): CartPole-v1
+without the velocities 500 +- 0 after 500k steps (ppo.py: 43), MemoryChain of 32 steps 1 +- 0 after 500k,
+with --num-steps 66 --reward-scale 1.
 
 Differs from pqn.py in: a memory between the two hidden layers, which is cleared before the first
 observation of an episode; minibatches are whole rollouts of some environments, unrolled from the
