@@ -160,7 +160,7 @@ def test_what_a_time_limit_cut_is_not_learned_from(name):
 
     plain, at_cut, elsewhere = [
         jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradient(reward))])
-        for reward in (steps.reward, steps.reward.at[:, 3].add(5.0), steps.reward.at[:, 2].add(5.0))
+        for reward in (steps.reward, steps.reward.at[:, 3].add(5.0), steps.reward.at[:, 5].add(5.0))
     ]
     np.testing.assert_array_equal(plain, at_cut)
     assert jnp.abs(plain - elsewhere).max() > 1e-3
