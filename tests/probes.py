@@ -125,7 +125,8 @@ SMALL["drqn"] = {
     "learning_rate": 2e-3,
     "gamma": 0.8,
     "buffer_size": 8_000,
-    "learning_starts": 256,
+    "learning_starts": 128,
+    "batch_size": 16,
     "train_frequency": 8,
     "target_network_frequency": 200,
     "embed_dim": 32,
@@ -138,7 +139,8 @@ SMALL["rsac"] = {
     "gamma": 0.8,
     "alpha": 0.01,
     "autotune": False,
-    "learning_starts": 256,
+    "learning_starts": 128,
+    "batch_size": 16,
     "buffer_size": 8_000,
     "updates_per_step": 0.125,
     "tau": 0.05,
@@ -288,6 +290,8 @@ def run_on_devices(count, *command, **options):
 
 def greedy_player(name, state, num_envs=NUM_ENVS):
     """-> act(obs, reset), the greedy actions of what the script has trained, for a plain loop."""
+    if name in ("rsac", "rsacd"):
+        return recurrent_player(name, state.learner.actor, num_envs)
     if name in MEMORY:
         memory = opened(state.agent, state.agent.initial_memory(num_envs))
 
@@ -307,6 +311,24 @@ def greedy_player(name, state, num_envs=NUM_ENVS):
         else:
             action = most_probable(state.agent(obs)[:-1])
         return jnp.clip(action, -2.0, 2.0) if name in CONTINUOUS else action
+
+    return act
+
+
+def recurrent_player(name, actor, num_envs):
+    """The same, for an actor that sees its last action."""
+    memory, last = actor.history.memory, jnp.zeros((num_envs, 1 if name == "rsac" else 2))
+    acting, seen = memory.open(memory.initial_memory(num_envs)), importlib.import_module(name).Seen
+
+    def act(obs, reset):
+        nonlocal acting, last
+        last = jnp.where(reset[:, None], 0.0, last)
+        acting, x = actor.history.step(acting, seen(obs, last, jnp.zeros(num_envs)), reset)
+        if name == "rsac":  # Pendulum's torque is in [-2, 2]
+            last = jnp.tanh(actor(x)[0])
+            return 2.0 * last
+        last = jax.nn.one_hot(actor(x).argmax(axis=-1), 2)
+        return last.argmax(axis=-1)
 
     return act
 
