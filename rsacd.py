@@ -88,7 +88,7 @@ class Args:
     num_steps: int = 32  # steps in each environment in an iteration: a sequence
     policy_lr: float = 1e-3  # Adam's step size for the actor
     q_lr: float = 1e-3  # Adam's step size for the critics and the temperature
-    anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
+    anneal_lr: bool = True  # let all step sizes fall linearly to 0 over the run
     max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
     gamma: float = 0.99  # discount factor
     buffer_size: int = 100_000  # environment steps kept for replay, in whole sequences

@@ -1,6 +1,6 @@
 """Our scripts beside what else pip installs, with the same networks and updates.
 
-    python benchmarks/peers.py ppo_speed recurrent_speed ...
+    python benchmarks/peers.py ppo_speed memory_speed ...
 
 No program evaluates. They take turns, each as a process of its own with the compilation cache that
 it has by itself (the peers: none; ours: emptied). The peers live in virtual environments that this
@@ -14,9 +14,12 @@ other, their default and the fastest of theirs for such a cheap one; ppo.py runs
 default, and in the same Gymnasium.
 sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each
 step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
-recurrent_speed: Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8 minibatches of
-whole rollouts; actor and critic with an encoder of 64, an LSTM of 64 and a linear head each;
-393,216 steps.
+memory_speed: recurrent PPO on Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8
+minibatches of whole rollouts; actor and critic with an encoder of 64, a memory of 64 and a linear
+head each; 196,608 steps, with GTrXL 65,536.
+sequence_speed: drqn.py (one step, no double Q-learning, CartPole-v1), rpqn.py (CartPole-v1) and
+rsac.py (Pendulum-v1) beside memorax's DQN, PQN and SAC with the same GRU, layers, batches and
+gradient steps for each environment step.
 
 Steady state alone, on gymnax's CartPole-v1, after a call to compile and warm up.
 cartpole_speed: PPO with 64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k
@@ -152,30 +155,158 @@ def sac_by_sbx(env_id: str, steps: int) -> float:
     return learn_by_sb3(SAC("MlpPolicy", env_id, **sizes, seed=1), steps)
 
 
-def ppo_by_memorax(steps: int) -> float:
+def memorax_torso(memory: str):
+    """What is nearest to a file of memories/, 64 wide."""
     import flax.linen as nn
+    import jax.numpy as jnp
+    from memorax import networks as n
+
+    if memory in ("gru", "lstm"):
+        return n.RNN(cell={"gru": nn.GRUCell, "lstm": nn.LSTMCell}[memory](64))
+    if memory == "ffm":
+        return n.Memoroid(n.FFMCell(64, memory_size=32, context_size=4))
+    if memory == "s5":  # without the gates behind each of our layers
+        layer = n.Residual(n.PreNorm(n.Memoroid(n.S5Cell(64, state_size=32))))
+        return n.Stack((layer, layer))
+    kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "bias_init": nn.initializers.zeros}
+    kinds |= {"kernel_init": nn.initializers.lecun_normal()}
+    attention = n.SelfAttention(64, 4, 128, **kinds, positional_embedding=n.ALiBi(4))
+    recurrent = n.SegmentRecurrence(attention, memory_length=64, features=64, dtype=jnp.float32)
+    return n.Stack(
+        (n.GatedResidual(n.PreNorm(recurrent)), n.GatedResidual(n.PreNorm(n.FFN(64)))) * 2
+    )
+
+
+def memorax_network(head, memory: str = "gru"):
+    """An encoder 64 wide, a memory and a head."""
+    from memorax.networks import MLP, FeatureExtractor, Network
+
+    return Network(FeatureExtractor(MLP(64)), memorax_torso(memory), head)
+
+
+def train_by_memorax(agent, steps: int) -> float:
+    """Steps/s of the second half: its second call compiles once more."""
     import jax
+
+    (key, state), times = agent.init(jax.random.key(1)), []
+    for _ in range(4):
+        key, state, _ = jax.block_until_ready(agent.train(key, state, num_steps=steps // 4))
+        times.append(time.perf_counter())
+    return 0.5 * steps / (times[-1] - times[1])
+
+
+def ppo_by_memorax(memory: str, steps: int) -> float:
     import optax
     from memorax.algorithms import PPO, PPOConfig
     from memorax.environments import environment
-    from memorax.networks import MLP, RNN, FeatureExtractor, Network, heads
+    from memorax.networks import heads
 
     env, params = environment.make("gymnax::Pendulum-v1")
     sizes = {"num_envs": 64, "num_eval_envs": 1, "num_steps": 128, "num_minibatches": 8}
     sizes |= {"update_epochs": 4, "gamma": 0.95, "gae_lambda": 0.95, "normalize_advantage": True}
     sizes |= {"clip_coef": 0.2, "clip_vloss": False, "ent_coef": 0.0, "vf_coef": 0.5}
-    encoder = lambda: FeatureExtractor(observation_extractor=MLP(features=(64,)))
-    network = lambda head: Network(encoder(), RNN(cell=nn.LSTMCell(64)), head)
-    actor = network(heads.Gaussian(env.action_space(params).shape[0]))
+    head = heads.Gaussian(env.action_space(params).shape[0])
+    networks = memorax_network(head, memory), memorax_network(heads.VNetwork(), memory)
     tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(2e-3))
     config = PPOConfig(name="PPO", **sizes)
-    agent = PPO(config, env, params, actor, network(heads.VNetwork()), tx, tx)
-    key, state = agent.init(jax.random.key(1))
-    times = []
-    for _ in range(4):
-        key, state, _ = jax.block_until_ready(agent.train(key, state, num_steps=steps // 4))
-        times.append(time.perf_counter())
-    return 0.5 * steps / (times[-1] - times[1])  # the second call compiles once more
+    return train_by_memorax(PPO(config, env, params, *networks, tx, tx), steps)
+
+
+def q_head():
+    """A layer of 64, then the values of two actions."""
+    import flax.linen as nn
+    from memorax.networks import heads
+
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x, **kwargs):
+            return heads.DiscreteQNetwork(2)(nn.relu(nn.Dense(64)(x)))
+
+    return Head()
+
+
+def drqn_by_memorax(steps: int) -> float:
+    import optax
+    from memorax.algorithms import DQN, DQNConfig
+    from memorax.buffers import get_full_start_flags, make_episode_buffer
+    from memorax.environments import environment
+
+    env, params = environment.make("gymnax::CartPole-v1")
+    sizes = {"num_envs": 16, "num_eval_envs": 1, "buffer_size": 50_000, "batch_size": 32}
+    sizes |= {"learning_starts": 5_000, "train_frequency": 16, "target_network_frequency": 4_000}
+    rates = {"gamma": 0.99, "tau": 1.0, "learning_rate": 1e-3}
+    rates |= {"start_e": 1.0, "end_e": 0.05, "exploration_fraction": 0.25}
+    lengths = (50_000, 5_000, 32, 32)  # of the buffer, before learning, of a batch, of a sequence
+    buffer = make_episode_buffer(*lengths, get_full_start_flags, True, 16)
+    epsilon = optax.linear_schedule(1.0, 0.05, steps // 4)
+    config = DQNConfig(name="DRQN", **sizes, **rates)
+    agent = DQN(config, env, params, memorax_network(q_head()), optax.adam(1e-3), buffer, epsilon)
+    return train_by_memorax(agent, steps)
+
+
+def rpqn_by_memorax(steps: int) -> float:
+    import optax
+    from memorax.algorithms import PQN, PQNConfig
+    from memorax.environments import environment
+
+    env, params = environment.make("gymnax::CartPole-v1")
+    sizes = {"num_envs": 32, "num_eval_envs": 1, "num_steps": 64, "num_minibatches": 16}
+    config = PQNConfig(name="RPQN", **sizes, update_epochs=4, gamma=0.99, td_lambda=0.9)
+    tx = optax.chain(optax.clip_by_global_norm(10.0), optax.radam(5e-4))
+    epsilon = optax.linear_schedule(1.0, 0.2, steps // 2)
+    agent = PQN(config, env, params, memorax_network(q_head()), tx, epsilon)
+    return train_by_memorax(agent, steps)
+
+
+def rsac_by_memorax(steps: int) -> float:
+    import flax.linen as nn
+    import jax.numpy as jnp
+    import optax
+    from memorax.algorithms import SAC, SACConfig
+    from memorax.buffers import get_full_start_flags, make_episode_buffer
+    from memorax.environments import environment
+    from memorax.networks import MLP, Identity, heads
+
+    class Policy(nn.Module):
+        @nn.compact
+        def __call__(self, x, **kwargs):
+            return heads.SquashedGaussian(1)(MLP((128, 128))(x), **kwargs)
+
+    class Value(nn.Module):  # memorax's own returns values without the axis that its SAC removes
+        @nn.compact
+        def __call__(self, x, action):
+            x = MLP((128, 128))(jnp.concatenate([x, action], axis=-1))
+            return nn.Dense(1)(x), {}
+
+        @nn.nowrap
+        def loss(self, output, aux, targets):
+            return 0.5 * jnp.square(output[..., 0] - targets).mean()
+
+    class Twins(nn.Module):
+        history: nn.Module
+        head1: nn.Module
+        head2: nn.Module
+
+        def __call__(self, observation, mask, action, reward, done, initial_carry=None):
+            carry, x = self.history(observation, mask, action, reward, done, initial_carry)
+            return carry, (self.head1(x, action), self.head2(x, action))
+
+        @nn.nowrap
+        def initialize_carry(self, input_shape):
+            return self.history.initialize_carry(input_shape)
+
+    env, params = environment.make("gymnax::Pendulum-v1")
+    sizes = {"num_envs": 4, "num_eval_envs": 1, "buffer_size": 100_000, "batch_size": 32}
+    sizes |= {"learning_starts": 2_000, "train_frequency": 8, "target_update_frequency": 1}
+    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3, "gamma": 0.95, "tau": 0.01}
+    rates |= {"initial_alpha": 0.1, "target_entropy_scale": 2.0, "max_grad_norm": 1e9}
+    lengths = (100_000, 2_000, 32, 32)  # of the buffer, before learning, of a batch, of a sequence
+    buffer = make_episode_buffer(*lengths, get_full_start_flags, True, 4)
+    twins = Twins(memorax_network(Identity()), Value(), Value())
+    networks = (memorax_network(Policy()), twins, heads.Alpha(0.1))
+    config = SACConfig(name="RSAC", **sizes, **rates)
+    agent = SAC(config, env, params, *networks, *[optax.adam(1e-3)] * 3, buffer)
+    return train_by_memorax(agent, steps)
 
 
 def time_calls(train: Callable, state, calls: int, steps_per_call: int) -> float:
@@ -293,9 +424,31 @@ LANDER_PROGRAMS = {
     "SBX, Gymnasium": partial(child, "sbx", ppo_by_sb3, "sbx"),
     "Stable-Baselines3, Gymnasium": partial(child, "sbx", ppo_by_sb3, "sb3"),
 }
-RECURRENT_PROGRAMS = {
-    "rppo_continuous.py": partial(ours, "rppo_continuous.py", RPPO),
-    "memorax": partial(child, "memorax", ppo_by_memorax),
+MEMORIES = ("gru", "lstm", "s5", "ffm", "gtrxl")
+
+
+def beside_memorax(script: str, flags: str, program: Callable, steps: int, *words: str) -> dict:
+    """A pair of programs; both are called with no more than a case."""
+    mine, name = partial(ours, script, flags, steps), " ".join([script, *words])
+    theirs = partial(child, "memorax", program, *words, steps=steps)
+    return {name: mine, f"{name} by memorax": theirs}
+
+
+MEMORY_PROGRAMS = {
+    name: program
+    for memory in MEMORIES
+    for name, program in beside_memorax(
+        "rppo_continuous.py",
+        f"{RPPO} --memory {memory}",
+        ppo_by_memorax,
+        65_536 if memory == "gtrxl" else 196_608,
+        memory,
+    ).items()
+}
+SEQUENCE_PROGRAMS = {
+    **beside_memorax("drqn.py", "--mask-obs --no-double-q --n-step 1", drqn_by_memorax, 50_000),
+    **beside_memorax("rpqn.py", "--mask-obs", rpqn_by_memorax, 500_000),
+    **beside_memorax("rsac.py", "--mask-obs --no-previous-action", rsac_by_memorax, 8_000),
 }
 
 
@@ -333,7 +486,8 @@ TASKS = {
     "ppo_speed": Comparison("sbx", LANDER_PROGRAMS, [{"steps": 131_072}]),
     "sac_speed_pendulum": Comparison("sbx", PENDULUM, [{"steps": 20_000}]),
     "sac_speed_halfcheetah": Comparison("sbx", HALFCHEETAH, [{"steps": 10_000}]),
-    "recurrent_speed": Comparison("memorax", RECURRENT_PROGRAMS, [{"steps": 393_216}]),
+    "memory_speed": Comparison("memorax", MEMORY_PROGRAMS, [{}]),
+    "sequence_speed": Comparison("memorax", SEQUENCE_PROGRAMS, [{}]),
     "cartpole_speed": Comparison(OLD, cartpole_programs(OLD), NUM_ENVS, wide=True),
     "cartpole_speed_jax012": Comparison(NEW, cartpole_programs(NEW), NUM_ENVS, wide=True),
     "dqn_speed": Comparison(OLD, dqn_programs(OLD), [{}], wide=True),
