@@ -215,7 +215,8 @@ class LSTM(nnx.Module):
         """x [T, B, D], reset [T, B] -> (h, c), y [T, B, D]; one product for the inputs of all steps."""
 
         def advance(carry, step):
-            carry = self.cell(carry, *step)
+            # The barrier: XLA would slice the inputs within the cell, slowly on a CPU.
+            carry = self.cell(carry, *jax.lax.optimization_barrier(step))
             return carry, carry[0]
 
         # Not unrolled: on a CPU, XLA would fuse the steps, and the gradient takes three times as long.

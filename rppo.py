@@ -194,7 +194,8 @@ class GRU(nnx.Module):
         """x [T, B, D], reset [T, B] -> h, y [T, B, D]; one product for the inputs of all steps."""
 
         def advance(h, step):
-            h = self.cell(h, *step)
+            # The barrier: XLA would slice the inputs within the cell, slowly on a CPU.
+            h = self.cell(h, *jax.lax.optimization_barrier(step))
             return h, h
 
         return jax.lax.scan(advance, memory, (self.inputs(x), reset))

@@ -44,7 +44,8 @@ class Memory(nnx.Module):
         """x [T, B, D], reset [T, B] -> (h, c), y [T, B, D]; one product for the inputs of all steps."""
 
         def advance(carry, step):
-            carry = self.cell(carry, *step)
+            # The barrier: XLA would slice the inputs within the cell, slowly on a CPU.
+            carry = self.cell(carry, *jax.lax.optimization_barrier(step))
             return carry, carry[0]
 
         return jax.lax.scan(advance, memory, (self.inputs(x), reset))

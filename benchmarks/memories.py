@@ -1,0 +1,110 @@
+"""rppo.py with every memory of memories/ on every task, 64 wide.
+
+    python benchmarks/memories.py rates gru s5    # three step sizes on a seed that is not reported
+    python benchmarks/memories.py scores all      # what is in results/memories.csv is not run again
+
+A row for each run: the mean return of 100 greedy episodes, the seconds of the whole process and the
+steps/s of the second half of its training. `rates` runs half of RepeatPrevious, k = 4, and the
+step sizes below are the best there, the smaller one of two that are equal.
+"""
+
+import sys
+from math import prod
+
+import jax
+from flax import nnx
+from record import ROOT, parse_tasks, read, run_script, show, write
+
+sys.path.insert(0, str(ROOT))
+import rppo
+
+SEEDS, UNREPORTED = (1, 2, 3), 21
+STEP_SIZES = (3e-4, 1e-3, 2e-3)
+MEMORIES = {  # file of memories/: step size
+    "gru": 2e-3,
+    "lstm": 2e-3,
+    "slstm": 2e-3,
+    "mlstm": 2e-3,
+    "xlstm": 1e-3,
+    "s5": 1e-3,
+    "lru": 1e-3,
+    "ffm": 1e-3,
+    "shm": 1e-3,
+    "gpt2": 1e-3,
+    "gtrxl": 1e-3,
+    "dnc": 1e-3,
+    "framestack": 1e-3,
+    "none": 1e-3,
+}
+CARDS = "--total-timesteps 1000000 --num-envs 64 --num-minibatches 8 --reward-scale 1 --env-id "
+TASKS = {  # name: what the README calls it, flags
+    "cartpole": ("CartPole without velocities", "--total-timesteps 300000"),
+    "chain": (
+        "MemoryChain, 32 steps",
+        "--num-steps 66 --reward-scale 1 --env-id gymnax::MemoryChain-bsuite "
+        "--env-kwargs '{\"memory_length\": 32}'",
+    ),
+    "repeat_previous": ("RepeatPrevious, k = 4", f"{CARDS} memory::RepeatPreviousEasy"),
+    "repeat_first": ("RepeatFirst, 415 steps", f"{CARDS} memory::RepeatFirstMedium"),
+    "autoencode": (
+        "Autoencode, 16 cards",
+        f"{CARDS} memory::AutoencodeEasy --env-kwargs '{{\"num_cards\": 16}}'",
+    ),
+    "count_recall": ("CountRecall, Easy", f"{CARDS} memory::CountRecallEasy"),
+}
+
+
+def flags_of(memory: str, task: str, step_size: float) -> str:
+    return f"{TASKS[task][1]} --memory {memory} --learning-rate {step_size}"
+
+
+def sizes_of(memory: str) -> tuple[int, int]:
+    """-> numbers in its parameters, and in its state for one environment."""
+    made = rppo.load_memory(memory, "{}", 64)(rngs=nnx.Rngs(0))
+    count = lambda tree: sum(prod(x.shape) for x in jax.tree.leaves(tree))
+    return count(nnx.state(made, nnx.Param)), count(made.initial_memory(1))
+
+
+def measure(memory: str, task: str, seed: int, step_size: float, more: str = "") -> dict:
+    """A whole run -> its row."""
+    run = run_script("rppo.py", f"{flags_of(memory, task, step_size)} --seed {seed} {more}")
+    points = [(int(row["step"]), float(row["seconds"])) for row in run.metrics]
+    (first, begun), (last, end) = points[len(points) // 2], points[-1]
+    row = {"memory": memory, "task": task, "seed": seed, "step_size": step_size}
+    row |= {"score": round(run.evaluation[0]["mean"], 3), "seconds": round(run.seconds, 1)}
+    return row | {"steps_per_second": round((last - first) / (end - begun))}
+
+
+def rates(memory: str) -> list[dict]:
+    half = "--total-timesteps 500000"
+    return [measure(memory, "repeat_previous", UNREPORTED, size, half) for size in STEP_SIZES]
+
+
+def scores(memory: str):
+    known = {(row["task"], row["seed"]) for row in read("memories") if row["memory"] == memory}
+    for task in TASKS:
+        for seed in SEEDS:
+            if (task, str(seed)) not in known:
+                yield measure(memory, task, seed, MEMORIES[memory])
+
+
+MEASUREMENTS = {  # name: what gives the rows of a memory, file, keys
+    "rates": (rates, "memory_rates", ("memory", "step_size")),
+    "scores": (scores, "memories", ("memory", "task", "seed")),
+}
+
+
+def files(words: list[str]) -> set[str]:
+    """The raw files that a command line writes."""
+    parse_tasks(__doc__, MEMORIES, words[1:])
+    return {f"{MEASUREMENTS[words[0]][1]}.csv"}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] not in MEASUREMENTS:
+        sys.exit(__doc__)
+    memories = parse_tasks(__doc__, MEMORIES, sys.argv[2:]).tasks
+    measurement, name, keys = MEASUREMENTS[sys.argv[1]]
+    for number, row in enumerate(row for memory in memories for row in measurement(memory)):
+        write(name, [row], *keys)
+        show(row, heading=number == 0)
