@@ -14,6 +14,7 @@ from math import prod
 import jax
 from flax import nnx
 from record import ROOT, parse_tasks, read, run_script, show, write
+from tasks import MEMORY_TASKS
 
 sys.path.insert(0, str(ROOT))
 import rppo
@@ -36,26 +37,10 @@ MEMORIES = {  # file of memories/: step size
     "framestack": 1e-3,
     "none": 1e-3,
 }
-CARDS = "--total-timesteps 1000000 --num-envs 64 --num-minibatches 8 --reward-scale 1 --env-id "
-TASKS = {  # name: what the README calls it, flags
-    "cartpole": ("CartPole without velocities", "--total-timesteps 300000"),
-    "chain": (
-        "MemoryChain, 32 steps",
-        "--num-steps 66 --reward-scale 1 --env-id gymnax::MemoryChain-bsuite "
-        "--env-kwargs '{\"memory_length\": 32}'",
-    ),
-    "repeat_previous": ("RepeatPrevious, k = 4", f"{CARDS} memory::RepeatPreviousEasy"),
-    "repeat_first": ("RepeatFirst, 415 steps", f"{CARDS} memory::RepeatFirstMedium"),
-    "autoencode": (
-        "Autoencode, 16 cards",
-        f"{CARDS} memory::AutoencodeEasy --env-kwargs '{{\"num_cards\": 16}}'",
-    ),
-    "count_recall": ("CountRecall, Easy", f"{CARDS} memory::CountRecallEasy"),
-}
 
 
 def flags_of(memory: str, task: str, step_size: float) -> str:
-    return f"{TASKS[task][1]} --memory {memory} --learning-rate {step_size}"
+    return f"{MEMORY_TASKS[task][1]} --memory {memory} --learning-rate {step_size}"
 
 
 def sizes_of(memory: str) -> tuple[int, int]:
@@ -71,6 +56,7 @@ def measure(memory: str, task: str, seed: int, step_size: float, more: str = "")
     points = [(int(row["step"]), float(row["seconds"])) for row in run.metrics]
     (first, begun), (last, end) = points[len(points) // 2], points[-1]
     row = {"memory": memory, "task": task, "seed": seed, "step_size": step_size}
+    row |= dict(zip(("parameters", "state"), sizes_of(memory), strict=True))
     row |= {"score": round(run.evaluation[0]["mean"], 3), "seconds": round(run.seconds, 1)}
     return row | {"steps_per_second": round((last - first) / (end - begun))}
 
@@ -82,7 +68,7 @@ def rates(memory: str) -> list[dict]:
 
 def scores(memory: str):
     known = {(row["task"], row["seed"]) for row in read("memories") if row["memory"] == memory}
-    for task in TASKS:
+    for task in MEMORY_TASKS:
         for seed in SEEDS:
             if (task, str(seed)) not in known:
                 yield measure(memory, task, seed, MEMORIES[memory])

@@ -165,9 +165,16 @@ def memorax_torso(memory: str):
         return n.RNN(cell={"gru": nn.GRUCell, "lstm": nn.LSTMCell}[memory](64))
     if memory == "ffm":
         return n.Memoroid(n.FFMCell(64, memory_size=32, context_size=4))
-    if memory == "s5":  # without the gates behind each of our layers
-        layer = n.Residual(n.PreNorm(n.Memoroid(n.S5Cell(64, state_size=32))))
-        return n.Stack((layer, layer))
+    if memory == "s5":
+
+        class Gates(nn.Module):  # behind each layer, as in ours
+            @nn.compact
+            def __call__(self, x, **kwargs):
+                x = nn.gelu(x)
+                return None, nn.Dense(64)(x) * nn.sigmoid(nn.Dense(64)(x))
+
+        layer = n.Stack((n.Memoroid(n.S5Cell(64, state_size=32)), Gates()))
+        return n.Stack((n.Residual(n.PreNorm(layer)),) * 2)
     kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "bias_init": nn.initializers.zeros}
     kinds |= {"kernel_init": nn.initializers.lecun_normal()}
     attention = n.SelfAttention(64, 4, 128, **kinds, positional_embedding=n.ALiBi(4))
@@ -511,7 +518,7 @@ def run(task: str) -> None:
             if comparison.wide:
                 speeds = {turn["program"]: round(turn["steps_per_second"]) for turn in turns}
                 turns = [case | {"round": number} | speeds]
-            keys = [*case, "round"] if comparison.wide else ["round"]
+            keys = [*case, "round"] if comparison.wide else ["round", "program"]
             write(task, turns, *keys, peers=versions)
         for program in comparison.programs:
             own = [row for row in rows if row["program"] == program and case.items() <= row.items()]

@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 from peers import GFLOP_PER_STEP
 from record import PACKAGES, ROOT, read
-from tasks import MEMORY, RESULTS, SCRIPTS, SUITES, TASKS, Task
+from tasks import MEMORY, MEMORY_TASKS, RESULTS, SCRIPTS, SUITES, TASKS, Task
 
 sys.path.insert(0, str(ROOT))
 from plot import bootstrap, interquartile_mean
@@ -165,6 +165,42 @@ def two_programs(name: str, ours: str, theirs: str, label: str) -> str:
     return markdown(["", ours, label, "ratio"], rows)
 
 
+def pairs_table(name: str) -> str:
+    """Programs, and what memorax makes of the same: medians, and the middle of the rounds' ratios."""
+    rows = []
+    for program in dict.fromkeys(row["program"].partition(" by ")[0] for row in read(name)):
+        cells = [program]
+        for column, digits in ("seconds", 1), ("steps_per_second", 0):
+            ours, theirs = [
+                columns_of([row for row in read(name) if row["program"] == x], column)[0]
+                for x in (program, f"{program} by memorax")
+            ]
+            cells += [f"{median(x):,.{digits}f}" for x in (ours, theirs)]
+            cells.append(f"{middle_ratio(ours, theirs):.2f}")
+        rows.append(cells)
+    heading = "script, whole process: s, memorax, ratio, steady state: steps/s, memorax, ratio"
+    return markdown(heading.split(", "), rows)
+
+
+def memories_table() -> str:
+    """A row for each memory: means over seeds, "–" for what was not measured."""
+    tasks, rows = {task: label for task, (label, _) in MEMORY_TASKS.items()}, []
+    for memory in dict.fromkeys(row["memory"] for row in read("memories")):
+        own = [row for row in read("memories") if row["memory"] == memory]
+        parameters, state = [f"{int(own[0][name]):,}" for name in ("parameters", "state")]
+        cells = [f"[{memory}](memories/{memory}.py)", parameters, state, own[0]["step_size"]]
+        for task in tasks:
+            scores = [float(row["score"]) for row in own if row["task"] == task]
+            digits = 0 if task == "cartpole" else 2
+            cells.append(f"{np.mean(scores):.{digits}f}" if scores else "–")
+            if scores and max(scores) - min(scores) >= 0.1 * 10 ** (2 - digits):
+                cells[-1] += f" ({min(scores):.{digits}f})"
+        speeds = [int(row["steps_per_second"]) for row in own if row["task"] == "repeat_previous"]
+        rows.append([*cells, f"{round(median(speeds), -2):,.0f}" if speeds else "–"])
+    heading = ["memory", "parameters", "state", "step size", *tasks.values(), "steps/s"]
+    return markdown(heading, rows).replace(" -0.", " −0.").replace("(-0.", "(−0.")
+
+
 def cartpole_table() -> str:
     heading = "environments, ppo.py, share of the peak, rejax 0.1.3, ratio, with our XLA flag"
     heading = [*heading.split(", "), "with jax 0.12", "8 seeds cost"]
@@ -265,8 +301,8 @@ def fill(text: str) -> str:
     tables |= {"halfcheetah speed": halfcheetah_table()}
     for task in ("pendulum", "halfcheetah"):
         tables[f"sac speed {task}"] = two_programs(f"sac_speed_{task}", "sac.py", "sbx", "SBX")
-    ours = "rppo_continuous.py"
-    tables["recurrent speed"] = two_programs("recurrent_speed", ours, "memorax", "memorax 1.0.1")
+    tables |= {f"{name} speed": pairs_table(f"{name}_speed") for name in ("memory", "sequence")}
+    tables["memories"] = memories_table()
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(text), f"README.md has no marks for {name}"

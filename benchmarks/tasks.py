@@ -221,3 +221,19 @@ def chain(script: str, length: int) -> Task:
 CHAIN = {
     f"{script}_{length}": chain(script, length) for script in CHAIN_SCRIPTS for length in LENGTHS
 }
+CARDS = "--total-timesteps 1000000 --num-envs 64 --num-minibatches 8 --reward-scale 1 --env-id "
+MEMORY_TASKS = {  # of memories.py, for rppo.py: what the README calls it, flags
+    "cartpole": ("CartPole without velocities", "--total-timesteps 300000"),
+    "chain": (
+        "MemoryChain, 32 steps",
+        "--num-steps 66 --reward-scale 1 --env-id gymnax::MemoryChain-bsuite "
+        "--env-kwargs '{\"memory_length\": 32}'",
+    ),
+    "repeat_previous": ("RepeatPrevious, k = 4", f"{CARDS} memory::RepeatPreviousEasy"),
+    "repeat_first": ("RepeatFirst, 415 steps", f"{CARDS} memory::RepeatFirstMedium"),
+    "autoencode": (
+        "Autoencode, 16 cards",
+        f"{CARDS} memory::AutoencodeEasy --env-kwargs '{{\"num_cards\": 16}}'",
+    ),
+    "count_recall": ("CountRecall, Easy", f"{CARDS} memory::CountRecallEasy"),
+}

@@ -262,6 +262,12 @@ def test_the_flags_of_every_task_parse(name):
     tyro.cli(args, args=shlex.split(task.scored_flags))
 
 
+@pytest.mark.parametrize("task", tasks.MEMORY_TASKS)
+def test_the_flags_of_every_memory_task_parse(task):
+    flags = importlib.import_module("memories").flags_of("s5", task, 1e-3)
+    assert tyro.cli(importlib.import_module("rppo").Args, args=shlex.split(flags)).memory == "s5"
+
+
 BENCHMARKS = {
     path.stem: importlib.import_module(path.stem) for path in (ROOT / "benchmarks").glob("*.py")
 }
