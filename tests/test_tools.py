@@ -1,6 +1,7 @@
 """plot.py draws what stands in the runs; enjoy.py plays what a run has learned."""
 
 import csv
+import importlib
 import json
 import re
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -18,6 +21,10 @@ from scipy import stats
 import enjoy
 import plot
 import ppo
+import rppo
+import run_policy
+
+thorough = lambda x: pytest.param(x, marks=pytest.mark.thorough)
 
 # === test_plot.py ===
 
@@ -168,6 +175,19 @@ def test_the_returns_are_those_of_the_evaluation_and_an_episode_is_drawn(tmp_pat
         numbers = re.search(r"over 5 episodes: (\S+) \+- (\S+), (\S+) to (\S+),", done.stdout)
         for number, key in zip(numbers.groups(), ("mean", "std", "min", "max"), strict=True):
             assert float(number) == pytest.approx(seed[key], abs=0.06), key
+    for out in ("policy.npz", "policy.stablehlo"):
+        done = run("enjoy.py", "here", "--export", tmp_path / "out" / out, cwd=tmp_path)
+        assert done.returncode == 0 and (tmp_path / "out" / out).stat().st_size > 1000, done.stderr
+    program = (
+        "import sys; sys.modules['jax'] = None; from run_policy import Policy; import numpy as np\n"
+    )
+    program += (
+        "p = Policy('policy.npz'); x = np.ones(4 if 'Cart' in sys.argv[1] else 3, np.float32)\n"
+    )
+    program += "print(p(x, p.memory, first=True)[0])"
+    command = [sys.executable, "-c", program, RUNS[name]]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
+    assert re.fullmatch(r"[01]|\[-?[\d.]+\]", done.stdout.strip()), done.stderr
     pictures, total = re.search(r"gif: (\d+) pictures .* return (\S+)", done.stdout).groups()
     drawn = frames(tmp_path / "here/episode.gif")
     assert drawn[0].shape[1] == 320 and drawn[0].std() > 5  # not blank
@@ -179,6 +199,97 @@ def test_the_returns_are_those_of_the_evaluation_and_an_episode_is_drawn(tmp_pat
         assert int(pictures) == float(total) - ("envpool" in RUNS[name])
     if "Pendulum" in RUNS[name]:  # the steps within a repeated action too
         assert int(pictures) == 200 + 1
+
+
+# Weights and memories of any kind; a normaliser, masked entries, bounds, screens, observations of parts.
+EXPORTED = {
+    "ppo": "--env-id gymnax::CartPole-v1 --mask-obs 1",
+    "ppo_continuous": "--norm-obs",
+    "ppo_lstm": "",
+    "ppo_gtrxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
+    "sac": "",
+}
+EXPORTED_TOO = {
+    "ppo of screens": "--env-id envpool::Pong-v5",
+    "ppo_trxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
+    "dqn": "",
+    "sac": "--simba",
+    "rsac": "",
+    "drqn": "",
+    "impala_lstm": "",
+    **{f"rppo {x.stem}": f"--memory {x.stem}" for x in (ROOT / "memories").glob("*.py")},
+}
+CHAOTIC = (
+    "rppo dnc",
+)  # equal usages are told apart by their last digits: not held to equal memories
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, *[thorough(x) for x in EXPORTED_TOO]])
+def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
+    """10,000 observations one after the other, with episodes of 73 steps: scores and actions."""
+    flags = {**EXPORTED_TOO, **EXPORTED}[name]
+    script = importlib.import_module(name.split()[0])
+    args = tyro.cli(script.Args, args=["--num-envs", "4", *flags.split()])
+    env = script.make_env(args.env_id, 4, 0, args.env_kwargs, args.mask_obs)
+    state = jax.jit(script.make_train(args, env)[0])(jax.random.key(1))
+    if getattr(state, "obs_stats", None):
+        state = state._replace(obs_stats=jax.tree.map(lambda x: x + 0.5, state.obs_stats))
+    enjoy.export(script, args, state, tmp_path / "policy.npz")
+    policy = run_policy.Policy(tmp_path / "policy.npz")
+    one = enjoy.make_env(script, args, 1, 0)
+    step, (example,), memory = enjoy.greedy_step(script, args, state, one)
+
+    draw = np.random.default_rng(0)
+    length = 50 if name in CHAOTIC else 10_000 if np.size(example) < 100 else 100
+    if example.dtype == np.uint8:
+        obs = draw.integers(0, 256, (length, *example.shape), np.uint8)
+    else:
+        obs = np.float32(draw.normal(size=(length, *example.shape)))
+    first = np.arange(length) % 73 == 0
+
+    def act(memory, given):
+        action, memory = step([given[0]], given[1][None], memory)
+        return memory, action[0]
+
+    _, expected = jax.jit(lambda *x: jax.lax.scan(act, *x))(memory, (obs, first))
+    own, actions, scores = policy.memory, [], []
+    for x, begins in zip(obs, first, strict=True):
+        action, score, own = policy(x[0], own, begins)
+        actions.append(action)
+        scores.append(score)
+    if np.ndim(actions[0]):
+        np.testing.assert_allclose(actions, expected, atol=1e-5)
+        return
+    best = np.sort(scores, axis=1)
+    clear = best[:, -1] - best[:, -2] > 1e-5  # of the others, rounding may choose
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(np.array(actions)[clear], np.asarray(expected)[clear])
+    if not hasattr(state.agent, "step"):
+        keep = np.delete(np.arange(obs.shape[2]), args.mask_obs) if obs.ndim == 3 else ...
+        scored = state.agent(
+            jnp.asarray(obs[:, 0, keep] if obs.ndim == 3 else np.moveaxis(obs[:, 0], 1, -1))
+        )
+        scored = scored[0] if isinstance(scored, tuple) else scored
+        np.testing.assert_allclose(scores, scored, atol=1e-5)
+
+
+def test_what_runs_an_exported_policy_needs_nothing_but_numpy():
+    text = (ROOT / "run_policy.py").read_text()
+    imports = re.findall(r"^ *(?:import|from) (\S+)", text, re.MULTILINE)
+    assert imports == ["json", "numpy"] and len(text.splitlines()) <= 60
+
+
+def test_a_policy_that_numpy_cannot_run_is_refused_in_one_line(tmp_path, capsys):
+    args = rppo.Args(memory=str(tmp_path / "mine.py:Sorts"), num_envs=4)
+    text = (ROOT / "memories/none.py").read_text().replace("class Memory", "class Sorts")
+    (tmp_path / "mine.py").write_text(
+        re.sub(r"return (\w+), x$", r"return \1, jnp.sort(x)", text, flags=re.M)
+    )
+    env = rppo.make_env(args.env_id, 4, 0, args.env_kwargs, args.mask_obs)
+    state = rppo.make_train(args, env)[0](jax.random.key(1))
+    with pytest.raises(SystemExit):
+        enjoy.export(rppo, args, state, tmp_path / "policy.npz")
+    assert "run_policy.py knows no sort" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
@@ -200,6 +311,7 @@ def test_enjoy_s_bad_input_is_one_clear_line_and_status_2(tmp_path, monkeypatch,
     assert "holds no config.json of a run" in refused("nowhere")
     assert "--seed 7 is not in this run, whose seeds are 1 to 1" in refused("here", "--seed", 7)
     assert "must end in .gif" in refused("here", "--out", "film.mov")
+    assert "must end in .npz or .stablehlo" in refused("here", "--export", "policy.onnx")
     assert "no pictures of MemoryChain-bsuite: --no-draw prints" in refused("here")
     enjoy.main(enjoy.Args(Path("here"), draw=False))
     config = tmp_path / "here/config.json"
