@@ -494,6 +494,8 @@ def export(script: Any, args: Any, state: Any, out: Path) -> None:
     """
     import jax
 
+    if getattr(args, "previous_reward", False):
+        fail("--export: the policy sees rewards (--previous-reward), and an exported one does not")
     step, obs, memory = greedy_step(script, args, state, make_env(script, args, 1, 0))
     first = np.ones(1, bool)
     out.parent.mkdir(parents=True, exist_ok=True)
