@@ -273,6 +273,47 @@ BENCHMARKS = {
 }
 
 
+ACCELERATOR = BENCHMARKS["accelerator"]
+
+
+@pytest.mark.parametrize("part", ACCELERATOR.PARTS)
+def test_the_flags_of_every_case_for_an_accelerator_are_flags(part):
+    for script, fields in ACCELERATOR.PARTS[part]:
+        module = importlib.import_module(script)
+        module.check_args(module.Args(**{"total_timesteps": 10**9} | fields))
+
+
+def test_the_flags_of_the_long_run_parse():
+    script, *flags = ACCELERATOR.LEARNING
+    tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+
+
+@pytest.mark.thorough
+def test_a_part_for_an_accelerator_runs_goes_on_and_tells_what_failed(
+    tmp_path, monkeypatch, capsys
+):
+    """On the CPU, with tiny sizes; each case in a process of its own."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    small = {"env_id": "gymnax::CartPole-v1", "num_steps": 8, "total_timesteps": 1024}
+    cases = [("ppo", small | {"num_envs": 32, "num_seeds": n}) for n in (1, 2)]
+    wrong = ("ppo", small | {"num_envs": 32, "num_minibatches": 7})
+    monkeypatch.setattr(ACCELERATOR, "PARTS", {"tiny": [*cases, wrong]})
+    main = lambda *words: ACCELERATOR.main(["tiny", *words])
+    main("--minutes", "0")
+    assert "out of minutes" in capsys.readouterr().out and not record.read("accelerator")
+    main()
+    rows = record.read("accelerator")
+    (failed,) = [row for row in rows if row["note"]]
+    assert "num_minibatches" in failed["flags"] and len(rows) == 3
+    for row in rows:
+        if row == failed:
+            continue
+        assert int(row["steps_per_second"]) > 100 and float(row["compile_seconds"]) > 0
+    capsys.readouterr()
+    main()
+    assert not capsys.readouterr().out  # all of it is known
+
+
 def test_every_benchmark_of_the_readme_parses():
     found = re.findall(r"python benchmarks/(\w+)\.py(.*?)[`\n]", README)
     assert {name for name, _ in found} == set(BENCHMARKS) - {"record", "tasks"}
