@@ -358,3 +358,50 @@ def test_links_lead_somewhere_and_the_page_is_light():
     assert {f"assets/{path.name}" for path in (ROOT / "assets").iterdir()} == pictures
     sizes = [(ROOT / link).stat().st_size for link in pictures]
     assert max(sizes) < 1_000_000 and sum(sizes) + len(README) < 5_000_000
+
+
+# === docs/ ===
+
+sys.path.insert(0, str(ROOT / "docs"))
+import build
+
+COMMENTED = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index")
+
+
+@pytest.mark.parametrize("script", COMMENTED)
+def test_a_page_speaks_of_every_part_of_its_script_and_is_light(script):
+    page = build.script_page(script)
+    assert len(page.encode()) < 300_000 and "<math" in page
+    for part in build.parts_of((ROOT / f"{script}.py").read_text()):
+        assert f'id="{part.name}"' in page
+    assert "http" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL).replace(
+        "http://www.w3.org/1998/Math/MathML", ""
+    )  # nothing is fetched
+
+
+def test_commentary_on_what_is_not_there_and_a_part_without_any_are_refused(
+    tmp_path, monkeypatch, capsys
+):
+    parts = build.parts_of((ROOT / "ppo.py").read_text())
+    assert {"ppo_loss", "compute_gae", "evaluate", "Agent"} <= {part.name for part in parts}
+    assert not {"make_env", "main", "Args"} & {part.name for part in parts}
+    text = (ROOT / "docs/ppo.md").read_text()
+    monkeypatch.setattr(build, "DOCS", tmp_path)
+    for changed, says in [
+        (text.replace("## ppo_loss", "## ppo_lost"), "speaks of ppo_lost"),
+        (re.sub(r"## ppo_loss.*?## ", "## ", text, flags=re.DOTALL), "says nothing of ppo_loss"),
+    ]:
+        (tmp_path / "ppo.md").write_text(changed)
+        with pytest.raises(SystemExit) as stop:
+            build.commentary_of("ppo", parts)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_every_script_has_a_page_and_the_index_leads_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SITE", tmp_path / "site")
+    build.main([])
+    index = (tmp_path / "site/index.html").read_text()
+    for script in tasks.SCRIPTS:
+        assert f'href="{script}.html"' in index
+        assert (tmp_path / f"site/{script}.html").stat().st_size < 300_000

@@ -1,0 +1,219 @@
+"""Makes docs/site/: a page to read for each script, from the script itself, and an index.
+
+    python docs/build.py            # all pages
+    python docs/build.py ppo        # one
+
+docs/<script>.md is the commentary: what stands before its first heading opens the page, and what
+stands under `## name` goes beside the function or class of this name. A name that the script does not
+have, or a part of the algorithm without commentary, ends the program with status 2 and one line. Of a
+script without such a file the page shows the code alone. Nothing is fetched: formulas become MathML.
+"""
+
+import ast
+import difflib
+import html
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import DiffLexer, PythonLexer
+
+DOCS = Path(__file__).parent
+ROOT, SITE = DOCS.parent, DOCS / "site"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables
+from tasks import SCRIPTS, TASKS
+
+FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
+PARENTS = {  # script: the one that it is written as a change to
+    **dict.fromkeys(("a2c", "ppo_continuous", "ppo_lstm", "pqn", "impala"), "ppo"),
+    **{"rppo": "ppo_lstm", "rppo_continuous": "rppo", "ppo_trxl": "ppo_lstm", "rpqn": "pqn"},
+    **{"ppo_gtrxl": "ppo_trxl", "ppo_trxl_pmap": "ppo_trxl", "impala_lstm": "impala"},
+    **{"drqn": "dqn", "td3": "sac", "sacd": "sac", "rsac": "sac", "rsacd": "rsac"},
+}
+
+
+class Part(NamedTuple):
+    section: str
+    name: str  # of a function or class
+    code: str
+    line: int  # where it begins in the file
+
+
+def parts_of(text: str) -> list[Part]:
+    """The functions and classes of a script's algorithm, with the comments above them."""
+    lines, parts, section = text.splitlines(), [], ""
+    headings = {n: x[6:].rstrip(" -") for n, x in enumerate(lines) if x.startswith("# --- ")}
+    for node in ast.parse(text).body:
+        begin, end = node.lineno - 1, node.end_lineno
+        begin = min([begin, *[x.lineno - 1 for x in getattr(node, "decorator_list", [])]])
+        while lines[begin - 1].startswith("#") and begin - 1 not in headings:
+            begin -= 1
+        section = next((headings[n] for n in sorted(headings, reverse=True) if n < begin), "")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            parts.append(Part(section, node.name, "\n".join(lines[begin:end]), begin + 1))
+        elif parts and parts[-1].section == section:  # constants stay with what they follow
+            code = "\n".join(lines[parts[-1].line - 1 : end])
+            parts[-1] = parts[-1]._replace(code=code)
+    names = list(dict.fromkeys(part.section for part in parts))
+    wanted = names[names.index(FIRST) : names.index(LAST) + 1]
+    return [part for part in parts if part.section in wanted]
+
+
+def commentary_of(script: str, parts: list[Part]) -> tuple[str, dict[str, str]]:
+    """-> what opens the page, and Markdown for each part."""
+    path = DOCS / f"{script}.md"
+    if not path.exists():
+        return "", {}
+    opening, *rest = re.split(r"^## (\S+)\n", path.read_text(), flags=re.MULTILINE)
+    texts = dict(zip(rest[::2], rest[1::2], strict=True))
+    names = [part.name for part in parts]
+    for name in texts:
+        if name not in names:
+            fail(f"{path.name} speaks of {name}, which {script}.py does not have: rename it there")
+    for name in names:
+        if not texts.get(name, "").strip():
+            fail(f"{path.name} says nothing of {name} in {script}.py: add '## {name}'")
+    return opening, texts
+
+
+def fail(message: str):
+    print(f"build.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- HTML -----------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """Markdown with $formulas$ -> HTML."""
+    formulas = []
+
+    def keep(match):
+        block = match[1] is not None
+        formulas.append(convert(match[1] or match[2], display="block" if block else "inline"))
+        return f"@formula{len(formulas) - 1}@"
+
+    text = re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", keep, text, flags=re.DOTALL)
+    rendered = MarkdownIt("commonmark").enable("table").render(text)
+    return re.sub(r"@formula(\d+)@", lambda match: formulas[int(match[1])], rendered)
+
+
+def code(text: str) -> str:
+    """Highlighted; what is wider than the page can be scrolled with the keyboard, too."""
+    return highlight(text, PythonLexer(), HtmlFormatter()).replace("<pre>", '<pre tabindex="0">', 1)
+
+
+@cache
+def style() -> str:
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+    own = (DOCS / "style.css").read_text()
+    return f"{own}\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def page(title: str, body: str, links: str) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style()}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the text</a>
+<nav aria-label="Contents">{links}</nav>
+<main id="main">
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def results_of(script: str) -> str:
+    """Its rows of the README's table of results."""
+    own = {name: task for name, task in TASKS.items() if task.script == f"{script}.py"}
+    table = tables.results_table(own)
+    return prose(f"## Results\n\n{table}") if table.count("\n") > 1 else ""
+
+
+def difference_of(script: str) -> str:
+    """What its algorithm changes in its parent's, folded."""
+    if script not in PARENTS:
+        return ""
+    names = (PARENTS[script], script)
+    both = [
+        "\n\n\n".join(part.code for part in parts_of((ROOT / f"{name}.py").read_text()))
+        for name in names
+    ]
+    changes = difflib.unified_diff(
+        *[x.splitlines() for x in both], *[f"{x}.py" for x in names], "", "", 2, ""
+    )
+    text = highlight("\n".join(changes), DiffLexer(), HtmlFormatter())
+    text = text.replace("<pre>", '<pre tabindex="0">', 1)
+    return f"<details><summary>What it changes in {names[0]}.py</summary>{text}</details>"
+
+
+def script_page(script: str) -> str:
+    text = (ROOT / f"{script}.py").read_text()
+    parts = parts_of(text)
+    opening, texts = commentary_of(script, parts)
+    doc = ast.get_docstring(ast.parse(text))
+    title, _, about = doc.partition("\n\n")
+    body = [f"<h1>{script}.py</h1>", f"<p class=lead>{html.escape(title)}</p>"]
+    body.append(prose(opening) if opening else f"<pre>{html.escape(about)}</pre>")
+    links, section = ['<a href="index.html">All scripts</a>'], ""
+    for part in parts:
+        if part.section != section:
+            section = part.section
+            anchor = section.lower().replace(" ", "-")
+            body.append(f'<h2 id="{anchor}">{section}</h2>')
+            links.append(f'<a href="#{anchor}">{section}</a>')
+        words = prose(texts[part.name]) if texts else ""
+        body.append(
+            f'<section class="{"part" if texts else "part alone"}" id="{part.name}" aria-labelledby="{part.name}-name">'
+            f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">'
+            f"{part.name}</a></h3>{words}</div>{code(part.code)}</section>"
+        )
+    total, algorithm = tables.lines_of(script)
+    body += [results_of(script), difference_of(script)]
+    body.append(
+        f"<details><summary>The whole file: {total:,} lines, of which {algorithm} are the algorithm; "
+        f"the rest is the same in every script</summary><pre tabindex=0>{html.escape(text)}</pre></details>"
+    )
+    return page(f"{script}.py: {html.escape(title)}", "\n".join(body), " ".join(links))
+
+
+def index_page(scripts: list[str]) -> str:
+    rows = [
+        f'| <a href="{name}.html">{name}.py</a> | {what} |'
+        for name, what in SCRIPTS.items()
+        if name in scripts
+    ]
+    table = MarkdownIt("commonmark", {"html": True}).enable("table")
+    body = table.render("\n".join(["| script | what |", "|---|---|", *rows]))
+    about = prose((DOCS / "index.md").read_text())
+    return page("unroll", f"{about}\n{body}", '<a href="index.html">All scripts</a>')
+
+
+def main(scripts: list[str]) -> None:
+    for name in scripts:
+        if name not in SCRIPTS:
+            fail(f"there is no {name}.py; there are {', '.join(SCRIPTS)}")
+    SITE.mkdir(exist_ok=True)
+    for name in scripts or SCRIPTS:
+        (SITE / f"{name}.html").write_text(script_page(name))
+    (SITE / "index.html").write_text(index_page(list(SCRIPTS)))
+    print(f"{SITE}: {len(scripts or SCRIPTS)} pages and an index")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
