@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -405,3 +407,21 @@ def test_every_script_has_a_page_and_the_index_leads_there(tmp_path, monkeypatch
     for script in tasks.SCRIPTS:
         assert f'href="{script}.html"' in index
         assert (tmp_path / f"site/{script}.html").stat().st_size < 300_000
+
+
+@pytest.mark.thorough
+def test_the_notebook_runs_and_learns(tmp_path):
+    """Its cells one after the other; what they find is checked, not only that they run."""
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    program = "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "code")
+    program += "\nprint(total, returns[0], returns[-1], len(plt.gca().lines))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "docs",
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    total, first, last, lines = map(float, done.stdout.split())
+    assert total >= 300 and first < last and 0.85 < last <= 0.911 and lines == 1
