@@ -104,7 +104,7 @@ class Args:
     priority_exponent: float = 0.9  # on those errors
     max_grad_norm: float | None = None  # largest global norm of a gradient, None: any
     start_e: float = 1.0  # epsilon at the start: the share of random actions
-    end_e: float = 0.2  # epsilon at the end
+    end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.25  # share of the run over which epsilon falls linearly
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     memory: str = "gru"  # a file of memories/ by its name, or file.py:Class
