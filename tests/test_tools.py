@@ -205,13 +205,13 @@ EXPORTED = {
     "ppo": "--env-id gymnax::CartPole-v1 --mask-obs 1",
     "ppo_continuous": "--norm-obs",
     "ppo_lstm": "",
-    "sac": "",
 }
 EXPORTED_TOO = {
     "ppo of screens": "--env-id envpool::Pong-v5",
     "ppo_trxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
     "dqn": "",
     "ppo_gtrxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
+    "sac": "",
     "sac with SimBa": "--block-type simba --norm-obs",
     "rsac": "",
     "drqn": "",
