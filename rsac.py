@@ -26,7 +26,7 @@ GRU (Cho et al. 2014, arXiv:1406.1078), or any of the files in memories/.
     python rsac.py --memory s5                      # memories/s5.py instead of the GRU in this file
 
 Expected on two CPU cores: greedy return -160 +- 10 after 50k steps of Pendulum-v1 without the velocity (mean
-and std of 5 seeds, 100 episodes each; sac.py: -1176).
+and std of 5 seeds, 100 episodes each; sac.py: -1177).
 
 Differs from sac.py in: actor and critics have a memory each, of observations and, by flag, of the
 actions and rewards before them; an action is valued behind the memory, so that none but those played

@@ -114,7 +114,7 @@ def pqn_fault() -> Figure:
     return figure
 
 
-FIGURES = {"learning_curves": (learning_curves, 110), "memory_length": (memory_length, 130)}
+FIGURES = {"learning_curves": (learning_curves, 100), "memory_length": (memory_length, 130)}
 FIGURES |= {"growth": (growth, 110), "pqn_fault": (pqn_fault, 110)}  # name: drawn by, dots per inch
 
 
