@@ -302,7 +302,8 @@ def fill(text: str) -> str:
     for task in ("pendulum", "halfcheetah"):
         tables[f"sac speed {task}"] = two_programs(f"sac_speed_{task}", "sac.py", "sbx", "SBX")
     tables |= {f"{name} speed": pairs_table(f"{name}_speed") for name in ("memory", "sequence")}
-    tables["memories"] = memories_table()
+    if read("memories"):
+        tables["memories"] = memories_table()
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(text), f"README.md has no marks for {name}"
