@@ -6,8 +6,10 @@
 
 Writes a row of results/accelerator.csv for each case: seconds to trace and compile, environment
 steps/s of all seeds in steady state, peak memory. Each case has a process of its own, so one that
-needs more memory than there is says "out of memory" and the next begins. Cases measured on this device
-are not run again; with --again they are. A part that runs out of minutes is gone on with next time.
+needs more memory than there is says "out of memory" and the next begins. --at-once compile side by
+side (by default half as many as there are cores, and each then has more seconds of compiling than
+alone); when all of them have, they are timed one after the other. Cases measured on this device are
+not run again; with --again they are. What is not begun in these minutes is for the next time.
 """
 
 import argparse
@@ -16,12 +18,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from peers import our_script, our_training
 from record import ROOT, machine, metrics_of, read, show, without_xla_flags, write
 
-SECONDS = 6  # of training that are timed
+SECONDS = 3  # of training that are timed
 RUN = ROOT / "runs" / "craftax_learning"
 PPO = {"num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
 SMALL = {"num_envs": 4} | PPO
@@ -77,16 +82,19 @@ LEARNING = [  # the configuration that transformerXL_PPO_JAX publishes Craftax's
 
 
 def timed(script: str, fields: dict) -> dict:
-    """A case in this process: it compiles, runs once to warm up, then for some seconds."""
+    """A case in this process: it compiles, waits for its turn, runs once to warm up, then for some seconds."""
     import jax
 
     module, start = our_script(script), time.perf_counter()
     args = module.Args(**{"total_timesteps": 10**9} | fields)
     train, state = our_training(module, args, args.num_seeds)
     compiled = time.perf_counter()
+    print("compiled", flush=True)
+    input()
     state = jax.block_until_ready(train(state, 1))
-    took = time.perf_counter() - compiled
-    calls = max(1, min(1000, int(SECONDS / took)))
+    begun = time.perf_counter()
+    state = jax.block_until_ready(train(state, 1))
+    calls = max(1, min(1000, int(SECONDS / (time.perf_counter() - begun))))
     begun = time.perf_counter()
     jax.block_until_ready(train(state, calls))
     seconds = time.perf_counter() - begun
@@ -99,32 +107,43 @@ def timed(script: str, fields: dict) -> dict:
     return row | {"peak_gib": round(peak / 2**30, 2), "note": ""}
 
 
-def measure(script: str, fields: dict) -> dict:
-    """The same in a process of its own, which may fail."""
-    command = [sys.executable, __file__, "case", script, json.dumps(fields)]
-    environment = without_xla_flags() | {"JAX_TRACEBACK_FILTERING": "off"}  # the error comes last
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    memory = "RESOURCE_EXHAUSTED" in done.stderr or "out of memory" in done.stderr.lower()
-    return {"note": "out of memory" if memory else lines[-1][:200]}
+def measure(cases: list[tuple[str, dict]]) -> Iterator[dict]:
+    """The same in a process for each, which may fail: all compile, then they are timed in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for number, (script, fields) in enumerate(cases):
+            command = [sys.executable, __file__, "case", script, json.dumps(fields)]
+            environment = without_xla_flags() | {"JAX_TRACEBACK_FILTERING": "off"}  # the error last
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with (Path(folder) / str(number)).open("w") as errors:
+                processes.append(subprocess.Popen(command, stderr=errors, env=environment, **pipes))
+        ready = [process.stdout.readline() for process in processes]
+        for number, process in enumerate(processes):
+            answer, _ = process.communicate("go\n" if ready[number] else None)
+            if process.returncode == 0:
+                yield json.loads(answer.splitlines()[-1])
+                continue
+            errors = (Path(folder) / str(number)).read_text()
+            lines = errors.strip().splitlines() or [f"status {process.returncode}"]
+            memory = "RESOURCE_EXHAUSTED" in errors or "out of memory" in errors.lower()
+            yield {"note": "out of memory" if memory else lines[-1][:200]}
 
 
-def run_part(name: str, until: float, again: bool) -> None:
+def run_parts(names: list[str], until: float, again: bool, at_once: int) -> None:
     device = machine()
     known = {(row["device"], row["script"], row["flags"]) for row in read("accelerator")}
-    for script, fields in PARTS[name]:
-        key = device, script, json.dumps(fields, sort_keys=True)
-        if key in known and not again:
-            continue
+    flags = lambda case: json.dumps(case[1], sort_keys=True)
+    cases = [(name, *case) for name in names for case in PARTS[name]]
+    cases = [x for x in cases if again or (device, x[1], flags(x[1:])) not in known]
+    for some in (cases[at : at + at_once] for at in range(0, len(cases), at_once)):
         if time.time() > until:
-            print(f"{name}: out of minutes; the same command goes on with {script} {fields}")
+            print(f"out of minutes; the same command goes on with {some[0]}")
             return
-        row = {"device": device, "part": name, "script": script, "flags": key[2]}
-        row |= measure(script, fields)
-        write("accelerator", [row], "device", "script", "flags")
-        show({"script": script, **fields} | measured_of(row), heading=True)
+        results = measure([case[1:] for case in some])
+        for (part, script, fields), result in zip(some, results, strict=True):
+            key = {"device": device, "script": script, "flags": flags((script, fields))}
+            write("accelerator", [key | {"part": part} | result], *key)
+            show({"script": script, **fields} | measured_of(result), heading=True)
 
 
 def measured_of(row: dict) -> dict:
@@ -157,6 +176,8 @@ def parse(words: list[str]):
         "parts", nargs="+", choices=["all", *known], metavar="PART", help=str(known)
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for each part")
+    half = max(1, (os.cpu_count() or 1) // 2)
+    parser.add_argument("--at-once", type=int, default=half, help="cases that compile side by side")
     parser.add_argument("--again", action="store_true", help="measure what is known, too")
     args = parser.parse_args(words or ["--help"])
     args.parts = known if "all" in args.parts else args.parts
@@ -171,17 +192,17 @@ def files(words: list[str]) -> set[str]:
 
 def main(words: list[str]) -> None:
     args = parse(words)
-    for part in args.parts:
-        until = time.time() + 60 * args.minutes
-        if part == "craftax_learning":
-            craftax_learning(until)
-        else:
-            run_part(part, until, args.again)
+    parts = [part for part in args.parts if part in PARTS]
+    until = time.time() + 60 * args.minutes * len(parts)
+    run_parts(parts, until, args.again, args.at_once)
+    if "craftax_learning" in args.parts:
+        craftax_learning(time.time() + 60 * args.minutes)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["case"]:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others wait beside it
         print(json.dumps(timed(sys.argv[2], json.loads(sys.argv[3]))))
     else:
         main(sys.argv[1:])

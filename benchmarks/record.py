@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import date
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ def write(name: str, rows: list[dict], *keys: str, peers: str = "") -> None:
     origin = {"file": f"{name}.csv", "day": date.today().isoformat()}
     origin |= {"command": " ".join(["python", *words]), "machine": machine()}
     origin |= {"python": platform.python_version()}
-    origin |= {package: version(package) for package in PACKAGES}
+    origin |= {package: version_of(package) for package in PACKAGES}
     origin |= {"peers": peers, "noted": "when measured"}
     new = {key_of(row) for row in rows}
     with one_at_a_time():
@@ -59,6 +59,13 @@ def write(name: str, rows: list[dict], *keys: str, peers: str = "") -> None:
         save(f"{name}.csv", sorted(rows, key=lambda row: [number(text) for text in key_of(row)]))
         others = [row for row in read("measured") if row["file"] != origin["file"]]
         save("measured.csv", sorted([*others, origin], key=lambda row: row["file"]))
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 @contextmanager
