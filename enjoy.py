@@ -15,6 +15,7 @@
 #   "tqdm>=4.66,<5",
 #   "matplotlib>=3.9,<4",
 #   "pillow>=11,<14",
+#   "flatbuffers>=24.3,<26",  # jax.export, for .stablehlo
 # ]
 # ///
 """Plays what a run has learned: greedy returns, and a picture that moves.
@@ -561,7 +562,7 @@ def main(args: Args) -> None:
     if out.suffix not in (".gif", ".webp", ".png"):
         fail(f"--out {out} must end in .gif, .webp or .png")
     episodes = run_args.eval_episodes if args.episodes is None else args.episodes
-    if episodes < 1:
+    if episodes < 1 and args.export is None:
         fail("--episodes must be at least 1")
     if args.fps <= 0 or args.max_frames < 1 or args.width < 1:
         fail("--fps, --max-frames and --width must be above 0")

@@ -1,14 +1,16 @@
 """rppo.py with every memory of memories/ on every task, 64 wide.
 
-    python benchmarks/memories.py rates gru s5    # three step sizes on a seed that is not reported
-    python benchmarks/memories.py scores all      # what is in results/memories.csv is not run again
+    python benchmarks/memories.py rates gru s5    # four step sizes on a seed that is not reported
+    python benchmarks/memories.py scores all
 
 A row for each run: the mean return of 100 greedy episodes, the seconds of the whole process and the
-steps/s of the second half of its training. `rates` runs half of RepeatPrevious, k = 4, and the
-step sizes below are the best there, the smaller one of two that are equal.
+steps/s of the second half of its training; what the file has is not run again. `rates` runs half of
+RepeatPrevious, k = 4, and the step sizes below are the best there, the smaller one of two that are
+equal.
 """
 
 import sys
+from itertools import product
 from math import prod
 
 import jax
@@ -20,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import rppo
 
 SEEDS, UNREPORTED = (1, 2, 3), 21
-STEP_SIZES = (3e-4, 1e-3, 2e-3)
+STEP_SIZES = (3e-4, 1e-3, 2e-3, 4e-3)
 MEMORIES = {  # file of memories/: step size
     "gru": 2e-3,
     "lstm": 2e-3,
@@ -61,17 +63,19 @@ def measure(memory: str, task: str, seed: int, step_size: float, more: str = "")
     return row | {"steps_per_second": round((last - first) / (end - begun))}
 
 
-def rates(memory: str) -> list[dict]:
+def rates(memory: str):
     half = "--total-timesteps 500000"
-    return [measure(memory, "repeat_previous", UNREPORTED, size, half) for size in STEP_SIZES]
+    known = {float(row["step_size"]) for row in read("memory_rates") if row["memory"] == memory}
+    for size in STEP_SIZES:
+        if size not in known:
+            yield measure(memory, "repeat_previous", UNREPORTED, size, half)
 
 
 def scores(memory: str):
     known = {(row["task"], row["seed"]) for row in read("memories") if row["memory"] == memory}
-    for task in MEMORY_TASKS:
-        for seed in SEEDS:
-            if (task, str(seed)) not in known:
-                yield measure(memory, task, seed, MEMORIES[memory])
+    for task, seed in product(MEMORY_TASKS, SEEDS):
+        if (task, str(seed)) not in known:
+            yield measure(memory, task, seed, MEMORIES[memory])
 
 
 MEASUREMENTS = {  # name: what gives the rows of a memory, file, keys

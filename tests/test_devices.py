@@ -216,9 +216,10 @@ def start_two(folder, *flags, slurm=False):
     return started
 
 
-def wait_for(condition, processes, seconds=300):
-    end = time.time() + seconds
-    while not condition():
+def wait_for_first_call(run_dir, processes, seconds=300):
+    """It takes all processes: before it, one may not have come to where it notes signals."""
+    end, path = time.time() + seconds, run_dir / "metrics.csv"
+    while not (path.exists() and path.stat().st_size):
         assert time.time() < end and all(process.poll() is None for process in processes)
         time.sleep(0.2)
 
@@ -228,7 +229,7 @@ def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, star
     from there, also its evaluation."""
     flags = [*FLAGS, "--no-anneal-lr"]
     started = start_processes(tmp_path, *flags, "--total-timesteps", 10**8, "--run-dir", "two")
-    wait_for((tmp_path / "two" / "metrics.csv").exists, started)
+    wait_for_first_call(tmp_path / "two", started)
     started[1].send_signal(signal.SIGINT)
     assert [process.wait(200) for process in started] == [130, 130]
     assert "stopped and saved" in (tmp_path / "log0").read_text()
@@ -258,7 +259,7 @@ def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, star
 def test_a_process_that_dies_takes_the_other_along(tmp_path, start_processes):
     flags = [*FLAGS, "--total-timesteps", 10**8, "--run-dir", "here"]
     started = start_processes(tmp_path, *flags)
-    wait_for((tmp_path / "here" / "metrics.csv").exists, started)
+    wait_for_first_call(tmp_path / "here", started)
     started[1].kill()
     assert started[1].wait(10) == -signal.SIGKILL
     assert started[0].wait(200) not in (0, 130)

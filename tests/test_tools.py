@@ -174,30 +174,38 @@ def test_the_returns_are_those_of_the_evaluation_and_an_episode_is_drawn(tmp_pat
         numbers = re.search(r"over 5 episodes: (\S+) \+- (\S+), (\S+) to (\S+),", done.stdout)
         for number, key in zip(numbers.groups(), ("mean", "std", "min", "max"), strict=True):
             assert float(number) == pytest.approx(seed[key], abs=0.06), key
-    for out in ("policy.npz", "policy.stablehlo"):
-        done = run("enjoy.py", "here", "--export", tmp_path / "out" / out, cwd=tmp_path)
-        assert done.returncode == 0 and (tmp_path / "out" / out).stat().st_size > 1000, done.stderr
-    program = (
-        "import sys; sys.modules['jax'] = None; from run_policy import Policy; import numpy as np\n"
-    )
-    program += (
-        "p = Policy('policy.npz'); x = np.ones(4 if 'Cart' in sys.argv[1] else 3, np.float32)\n"
-    )
-    program += "print(p(x, p.memory, first=True)[0])"
-    command = [sys.executable, "-c", program, RUNS[name]]
-    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
-    assert re.fullmatch(r"[01]|\[-?[\d.]+\]", done.stdout.strip()), done.stderr
     pictures, total = re.search(r"gif: (\d+) pictures .* return (\S+)", done.stdout).groups()
     drawn = frames(tmp_path / "here/episode.gif")
     assert drawn[0].shape[1] == 320 and drawn[0].std() > 5  # not blank
     moves = [np.abs(x.astype(int) - y).sum() > 0 for x, y in zip(drawn, drawn[1:], strict=False)]
     assert np.mean(moves) > 0.3
-    if (
-        "CartPole" in RUNS[name]
-    ):  # a reward of 1 for each step; EnvPool's last picture is the next episode's
+    # In CartPole a reward of 1 for each step; EnvPool's last picture is the next episode's.
+    if "CartPole" in RUNS[name]:
         assert int(pictures) == float(total) - ("envpool" in RUNS[name])
     if "Pendulum" in RUNS[name]:  # the steps within a repeated action too
         assert int(pictures) == 200 + 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", RUNS)
+def test_a_policy_is_exported_and_acts_without_jax(tmp_path, name):
+    flags = [*RUNS[name].split(), "--total-timesteps", 512, "--eval-episodes", 0]
+    done = run(f"{name}.py", *flags, "--run-dir", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for out in ("policy.npz", "policy.stablehlo"):
+        done = run("enjoy.py", "here", "--export", tmp_path / "out" / out, cwd=tmp_path)
+        assert done.returncode == 0 and (tmp_path / "out" / out).stat().st_size > 1000, done.stderr
+    program = """if True:
+        import sys; sys.modules["jax"] = None
+        from run_policy import Policy
+        import numpy as np
+        policy = Policy("policy.npz")
+        obs = np.ones(4 if "Cart" in sys.argv[1] else 3, np.float32)
+        print(policy(obs, policy.memory, first=True)[0])
+    """
+    command = [sys.executable, "-c", program, RUNS[name]]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
+    assert re.fullmatch(r"[01]|\[-?[\d.]+\]", done.stdout.strip()), done.stderr
 
 
 # Weights and memories of any kind; a normaliser, masked entries, bounds, screens, observations of parts.
