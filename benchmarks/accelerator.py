@@ -82,7 +82,7 @@ LEARNING = [  # the configuration that transformerXL_PPO_JAX publishes Craftax's
 
 
 def timed(script: str, fields: dict) -> dict:
-    """A case in this process: it compiles, waits for its turn, runs once to warm up, then for some seconds."""
+    """A case in this process: it compiles, waits for its turn, runs up to where it learns, then for some seconds."""
     import jax
 
     module, start = our_script(script), time.perf_counter()
@@ -91,7 +91,8 @@ def timed(script: str, fields: dict) -> dict:
     compiled = time.perf_counter()
     print("compiled", flush=True)
     input()
-    state = jax.block_until_ready(train(state, 1))
+    unlearned = getattr(args, "learning_starts", 0) // (args.num_envs * args.num_steps)
+    state = jax.block_until_ready(train(state, 1 + unlearned))
     begun = time.perf_counter()
     state = jax.block_until_ready(train(state, 1))
     calls = max(1, min(1000, int(SECONDS / (time.perf_counter() - begun))))

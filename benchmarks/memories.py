@@ -24,20 +24,20 @@ import rppo
 SEEDS, UNREPORTED = (1, 2, 3), 21
 STEP_SIZES = (3e-4, 1e-3, 2e-3, 4e-3)
 MEMORIES = {  # file of memories/: step size
-    "gru": 2e-3,
-    "lstm": 2e-3,
-    "slstm": 2e-3,
+    "gru": 4e-3,
+    "lstm": 4e-3,
+    "slstm": 4e-3,
     "mlstm": 2e-3,
     "xlstm": 1e-3,
-    "s5": 1e-3,
-    "lru": 1e-3,
-    "ffm": 1e-3,
-    "shm": 1e-3,
+    "s5": 4e-3,
+    "lru": 4e-3,
+    "ffm": 2e-3,
+    "shm": 2e-3,
     "gpt2": 1e-3,
     "gtrxl": 1e-3,
     "dnc": 1e-3,
-    "framestack": 1e-3,
-    "none": 1e-3,
+    "framestack": 3e-4,
+    "none": 3e-4,
 }
 
 

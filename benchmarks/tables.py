@@ -5,6 +5,8 @@ python benchmarks/tables.py           # prints the README with the tables as the
 python benchmarks/tables.py --write   # writes it
 """
 
+import ast
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -259,6 +261,34 @@ def trxl_table() -> str:
     return markdown([*heading, "rollout without cache, s (8 x 16 steps)"], rows)
 
 
+def accelerator_table() -> str:
+    """A row for each case: what is not given is the script's default."""
+    rows = []
+    for row in read("accelerator"):
+        if not row["flags"].startswith("{"):
+            continue  # the long run
+        flags = json.loads(row["flags"])
+        task = flags.get("env_id", default_of(row["script"], "env_id")).rpartition("::")[2]
+        sizes = [flags.get(x, default_of(row["script"], x)) for x in ("num_envs", "num_seeds")]
+        label = f"{row['script']}.py" + (
+            f" --memory {flags['memory']}" if "memory" in flags else ""
+        )
+        label += " --compute-dtype bfloat16" * (flags.get("compute_dtype") == "bfloat16")
+        speed = f"{int(row['steps_per_second']):,}" if row["steps_per_second"] else row["note"]
+        cells = [label, task, *[f"{x:,}" for x in sizes], speed]
+        rows.append([*cells, row["compile_seconds"], row["peak_gib"]])
+    heading = "script, task, environments, seeds, steps/s, s to compile, GiB"
+    return markdown(heading.split(", "), rows)
+
+
+def default_of(script: str, flag: str):
+    """The default of a flag, as it stands in the script."""
+    found = re.search(
+        rf"^    {flag}: \w+ = (.*?)(?:  #|$)", (ROOT / f"{script}.py").read_text(), re.M
+    )
+    return ast.literal_eval(found[1])
+
+
 def growth_tables() -> str:
     rows, tables = read("growth"), []
     for axis in dict.fromkeys(row["axis"] for row in rows):
@@ -286,7 +316,7 @@ def machines() -> str:
     """What measured the raw results, one line for each machine and set of versions."""
     found = {}
     for row in read("measured"):
-        versions = " ".join(f"{name} {row[name]}," for name in ("python", *PACKAGES))
+        versions = " ".join(f"{x} {row[x]}," for x in ("python", *PACKAGES) if row[x])
         found.setdefault(f"- {row['machine']}: {versions.rstrip(',')}", []).append(row["file"])
     return "\n".join(f"{line} ({len(files)} files)" for line, files in found.items())
 
@@ -302,6 +332,8 @@ def fill(text: str) -> str:
     for task in ("pendulum", "halfcheetah"):
         tables[f"sac speed {task}"] = two_programs(f"sac_speed_{task}", "sac.py", "sbx", "SBX")
     tables |= {f"{name} speed": pairs_table(f"{name}_speed") for name in ("memory", "sequence")}
+    if read("accelerator"):
+        tables["accelerator"] = accelerator_table()
     if read("memories"):
         tables["memories"] = memories_table()
     for name, table in tables.items():
