@@ -4,9 +4,10 @@
     python docs/build.py ppo        # one
 
 docs/<script>.md is the commentary: what stands before its first heading opens the page, and what
-stands under `## name` goes beside the function or class of this name. A name that the script does not
-have, or a part of the algorithm without commentary, ends the program with status 2 and one line. Of a
-script without such a file the page shows the code alone. Nothing is fetched: formulas become MathML.
+stands under `## name` goes beside the function or class of this name. A part that is, to the letter,
+one of another script has that script's words if it has none of its own. A name that the script does not
+have, or a part of the algorithm without commentary, ends the program with status 2 and one line.
+Nothing is fetched: formulas become MathML.
 """
 
 import ast
@@ -66,21 +67,40 @@ def parts_of(text: str) -> list[Part]:
     return [part for part in parts if part.section in wanted]
 
 
-def commentary_of(script: str, parts: list[Part]) -> tuple[str, dict[str, str]]:
-    """-> what opens the page, and Markdown for each part."""
-    path = DOCS / f"{script}.md"
-    if not path.exists():
-        return "", {}
-    opening, *rest = re.split(r"^## (\S+)\n", path.read_text(), flags=re.MULTILINE)
-    texts = dict(zip(rest[::2], rest[1::2], strict=True))
-    names = [part.name for part in parts]
+@cache
+def texts_of(script: str) -> dict[str, str]:
+    """docs/<script>.md -> Markdown by name; "" is what opens the page."""
+    opening, *rest = re.split(
+        r"^## (\S+)\n", (DOCS / f"{script}.md").read_text(), flags=re.MULTILINE
+    )
+    return {"": opening} | dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+@cache
+def codes_of(script: str) -> dict[str, str]:
+    return {part.name: part.code for part in parts_of((ROOT / f"{script}.py").read_text())}
+
+
+def commentary_of(script: str) -> dict[str, str]:
+    """Markdown for each of its parts; "" is what opens the page."""
+    texts, codes, found = texts_of(script), codes_of(script), {}
     for name in texts:
-        if name not in names:
-            fail(f"{path.name} speaks of {name}, which {script}.py does not have: rename it there")
-    for name in names:
-        if not texts.get(name, "").strip():
-            fail(f"{path.name} says nothing of {name} in {script}.py: add '## {name}'")
-    return opening, texts
+        if name and name not in codes:
+            fail(f"{script}.md speaks of {name}, which {script}.py does not have: rename it there")
+    line = [script]
+    while line[-1] in PARENTS:
+        line.append(PARENTS[line[-1]])
+    for name in ["", *codes]:
+        for other in dict.fromkeys([*line, *SCRIPTS]):
+            words = texts_of(other).get(name, "").strip()
+            if words and (other == script or name and codes_of(other).get(name) == codes[name]):
+                found[name] = words
+                if other != script:
+                    found[name] += f"\n\n*The same in [{other}.py]({other}.html#{name}).*"
+                break
+        else:
+            fail(f"{script}.md says nothing of {name} in {script}.py: add '## {name}'")
+    return found
 
 
 def fail(message: str):
@@ -103,6 +123,18 @@ def prose(text: str) -> str:
     text = re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", keep, text, flags=re.DOTALL)
     rendered = MarkdownIt("commonmark").enable("table").render(text)
     return re.sub(r"@formula(\d+)@", lambda match: formulas[int(match[1])], rendered)
+
+
+def linked(text: str, name: str = "") -> str:
+    """Scripts that are spoken of lead to their pages, where they have such a part, to it."""
+
+    def link(match):
+        if match[1] not in SCRIPTS:
+            return match[0]
+        place = f"#{name}" if name in codes_of(match[1]) else ""
+        return f'<a href="{match[1]}.html{place}">{match[0]}</a>'
+
+    return re.sub(r"<code>(\w+)\.py</code>", link, text)
 
 
 def code(text: str) -> str:
@@ -165,11 +197,13 @@ def difference_of(script: str) -> str:
 def script_page(script: str) -> str:
     text = (ROOT / f"{script}.py").read_text()
     parts = parts_of(text)
-    opening, texts = commentary_of(script, parts)
-    doc = ast.get_docstring(ast.parse(text))
-    title, _, about = doc.partition("\n\n")
-    body = [f"<h1>{script}.py</h1>", f"<p class=lead>{html.escape(title)}</p>"]
-    body.append(prose(opening) if opening else f"<pre>{html.escape(about)}</pre>")
+    words = commentary_of(script)
+    title = ast.get_docstring(ast.parse(text)).partition("\n\n")[0]
+    body = [
+        f"<h1>{script}.py</h1>",
+        f"<p class=lead>{html.escape(title)}</p>",
+        linked(prose(words[""])),
+    ]
     links, section = ['<a href="index.html">All scripts</a>'], ""
     for part in parts:
         if part.section != section:
@@ -177,11 +211,10 @@ def script_page(script: str) -> str:
             anchor = section.lower().replace(" ", "-")
             body.append(f'<h2 id="{anchor}">{section}</h2>')
             links.append(f'<a href="#{anchor}">{section}</a>')
-        words = prose(texts[part.name]) if texts else ""
         body.append(
-            f'<section class="{"part" if texts else "part alone"}" id="{part.name}" aria-labelledby="{part.name}-name">'
-            f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">'
-            f"{part.name}</a></h3>{words}</div>{code(part.code)}</section>"
+            f'<section class="part" id="{part.name}" aria-labelledby="{part.name}-name">'
+            f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">{part.name}</a></h3>'
+            f"{linked(prose(words[part.name]), part.name)}</div>{code(part.code)}</section>"
         )
     total, algorithm = tables.lines_of(script)
     body += [results_of(script), difference_of(script)]
@@ -200,7 +233,7 @@ def index_page(scripts: list[str]) -> str:
     ]
     table = MarkdownIt("commonmark", {"html": True}).enable("table")
     body = table.render("\n".join(["| script | what |", "|---|---|", *rows]))
-    about = prose((DOCS / "index.md").read_text())
+    about = linked(prose((DOCS / "index.md").read_text()))
     return page("unroll", f"{about}\n{body}", '<a href="index.html">All scripts</a>')
 
 

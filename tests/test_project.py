@@ -368,10 +368,8 @@ def test_links_lead_somewhere_and_the_page_is_light():
 sys.path.insert(0, str(ROOT / "docs"))
 import build
 
-COMMENTED = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index")
 
-
-@pytest.mark.parametrize("script", COMMENTED)
+@pytest.mark.parametrize("script", tasks.SCRIPTS)
 def test_a_page_speaks_of_every_part_of_its_script_and_is_light(script):
     page = build.script_page(script)
     assert len(page.encode()) < 300_000 and "<math" in page
@@ -389,15 +387,25 @@ def test_commentary_on_what_is_not_there_and_a_part_without_any_are_refused(
     assert {"ppo_loss", "compute_gae", "evaluate", "Agent"} <= {part.name for part in parts}
     assert not {"make_env", "main", "Args"} & {part.name for part in parts}
     text = (ROOT / "docs/ppo.md").read_text()
+    monkeypatch.setattr(build, "SCRIPTS", ["ppo"])
     monkeypatch.setattr(build, "DOCS", tmp_path)
     for changed, says in [
         (text.replace("## ppo_loss", "## ppo_lost"), "speaks of ppo_lost"),
         (re.sub(r"## ppo_loss.*?## ", "## ", text, flags=re.DOTALL), "says nothing of ppo_loss"),
     ]:
         (tmp_path / "ppo.md").write_text(changed)
+        build.texts_of.cache_clear()
         with pytest.raises(SystemExit) as stop:
-            build.commentary_of("ppo", parts)
+            build.commentary_of("ppo")
         assert stop.value.code == 2 and says in capsys.readouterr().err
+    build.texts_of.cache_clear()
+
+
+def test_the_same_part_of_another_script_has_its_words_and_a_changed_one_has_not():
+    words = build.commentary_of("ppo_lstm")
+    assert words["compute_gae"].startswith(build.texts_of("ppo")["compute_gae"].strip())
+    assert "ppo.html#compute_gae" in words["compute_gae"]
+    assert words["ppo_loss"] == build.texts_of("ppo_lstm")["ppo_loss"].strip()
 
 
 @pytest.mark.thorough
