@@ -17,6 +17,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from latex2mathml.converter import convert
@@ -30,6 +31,7 @@ ROOT, SITE = DOCS.parent, DOCS / "site"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 from tasks import SCRIPTS, TASKS
+from without import CHANGES
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
 PARENTS = {  # script: the one that it is written as a change to
@@ -170,6 +172,44 @@ def page(title: str, body: str, links: str) -> str:
 """
 
 
+def figures_of(script: str, part: str) -> str:
+    """What breaks without a line of this part: a curve for each seed, with it and without."""
+    figures, rows = "", tables.read("without")
+    for name, change in CHANGES.items():
+        own = [row for row in rows if row["change"] == name]
+        if own and (change.script, change.part) == (script, part):
+            figures += figure(own, change.what)
+    return figures
+
+
+def figure(rows: list[dict], what: str) -> str:
+    """An SVG of the curves, the mean greedy scores below it."""
+    points = [row for row in rows if row["step"] != "greedy"]
+    right = max(float(row["step"]) for row in points)
+    values = [float(row["return"]) for row in points]
+    low, high = min(values), max(values)
+    x = lambda step: 40 + 350 * float(step) / right
+    y = lambda value: 130 - 120 * (float(value) - low) / (high - low)
+    lines, scores = "", {}
+    for variant in ("without", "with"):
+        own = [row for row in rows if row["variant"] == variant]
+        scores[variant] = mean(float(row["return"]) for row in own if row["step"] == "greedy")
+        for seed in sorted({row["seed"] for row in own}):
+            curve = [row for row in own if row["seed"] == seed and row["step"] != "greedy"]
+            path = " ".join(f"{x(row['step']):.0f},{y(row['return']):.0f}" for row in curve)
+            lines += f'<polyline class="{variant}" points="{path}"/>'
+    for value in (low, high):
+        lines += f'<text x="36" y="{y(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
+    lines += f'<text x="390" y="146" text-anchor="end">{right / 1e6:.3g}M steps</text>'
+    told = f"as it is: {scores['with']:.3g}, {html.escape(what)}: {scores['without']:.3g}"
+    seeds = len({row["seed"] for row in rows})
+    return (
+        f'<figure><svg viewBox="0 0 400 150" role="img" aria-label="Training returns">{lines}</svg>'
+        f'<figcaption><b class="with">As it is</b>, <b class="without">{html.escape(what)}</b>: training '
+        f"returns of {seeds} seeds. Mean greedy score {told}.</figcaption></figure>"
+    )
+
+
 def results_of(script: str) -> str:
     """Its rows of the README's table of results."""
     own = {name: task for name, task in TASKS.items() if task.script == f"{script}.py"}
@@ -214,7 +254,7 @@ def script_page(script: str) -> str:
         body.append(
             f'<section class="part" id="{part.name}" aria-labelledby="{part.name}-name">'
             f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">{part.name}</a></h3>'
-            f"{linked(prose(words[part.name]), part.name)}</div>{code(part.code)}</section>"
+            f"{linked(prose(words[part.name]), part.name)}{figures_of(script, part.name)}</div>{code(part.code)}</section>"
         )
     total, algorithm = tables.lines_of(script)
     body += [results_of(script), difference_of(script)]

@@ -408,6 +408,30 @@ def test_the_same_part_of_another_script_has_its_words_and_a_changed_one_has_not
     assert words["ppo_loss"] == build.texts_of("ppo_lstm")["ppo_loss"].strip()
 
 
+@pytest.mark.parametrize("name", build.CHANGES)
+def test_what_is_left_out_is_there_once_in_the_part_that_it_is_drawn_beside(name):
+    change = build.CHANGES[name]
+    part = build.codes_of(change.script)[change.part]
+    assert all(old in part for old in change.replaced)
+    changed = BENCHMARKS["without"].changed(change)
+    assert all(new in changed for new in change.replaced.values())
+    compile(changed, change.script, "exec")
+    tyro.cli(importlib.import_module(change.script).Args, args=shlex.split(change.flags))
+
+
+def test_the_figure_has_a_line_for_each_seed_and_the_mean_scores():
+    rows = [
+        {"variant": variant, "seed": seed, "step": step, "return": number}
+        for variant, number in (("with", 5), ("without", 1))
+        for seed in "12"
+        for step in ("1000", "2000", "greedy")
+    ]
+    rows[0] |= {"return": 3}
+    drawn = build.figure(rows, "without <it>")
+    assert drawn.count('<polyline class="with"') == drawn.count('<polyline class="without"') == 2
+    assert "as it is: 5, without &lt;it&gt;: 1" in drawn and "of 2 seeds" in drawn
+
+
 @pytest.mark.thorough
 def test_every_script_has_a_page_and_the_index_leads_there(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SITE", tmp_path / "site")
