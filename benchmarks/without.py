@@ -74,12 +74,16 @@ def changed(change: Change) -> str:
     return text
 
 
-def run(name: str, seed: int, variant: str) -> list[dict]:
-    """A whole run -> rows of its curve, and one without a step, its greedy score."""
-    change = CHANGES[name]
+def unchanged(change: Change) -> str:
+    """What the runs of the script as it is are called: changes of it share them."""
+    return f"{change.script} {change.flags}".strip()
+
+
+def run(name: str, change: Change, seed: int) -> list[dict]:
+    """A whole run -> rows of its curve, and one of its greedy score."""
     with tempfile.TemporaryDirectory() as folder:
         script = ROOT / f"{change.script}.py"
-        if variant == "without":
+        if name in CHANGES:
             script = Path(folder) / script.name
             script.write_text(changed(change))
             (script.parent / "envs").symlink_to(ROOT / "envs")
@@ -88,8 +92,7 @@ def run(name: str, seed: int, variant: str) -> list[dict]:
     points = [(step, f"{float(x):.5g}") for step, x in points if x not in ("", "nan")]
     points = points[len(points) - 1 :: -max(1, len(points) // POINTS)][::-1]
     scores = [("greedy", f"{row['mean']:.5g}") for row in done.evaluation]
-    same = {"change": name, "variant": variant, "seed": seed}
-    return [same | {"step": step, "return": x} for step, x in points + scores]
+    return [{"run": name, "seed": seed, "step": step, "return": x} for step, x in points + scores]
 
 
 def files(words: list[str]) -> set[str]:
@@ -99,12 +102,12 @@ def files(words: list[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    for number, name in enumerate(parse_tasks(__doc__, CHANGES, sys.argv[1:]).tasks):
-        known = {(x["variant"], x["seed"]) for x in read("without") if x["change"] == name}
-        for variant in ("with", "without"):
-            for seed in SEEDS:
-                if (variant, str(seed)) in known:
-                    continue
-                rows = run(name, seed, variant)
-                write("without", rows, "change", "variant", "seed", "step")
-                show(rows[-1], heading=number == seed - 1 == 0)
+    heading = True
+    for task in parse_tasks(__doc__, CHANGES, sys.argv[1:]).tasks:
+        for name in (unchanged(CHANGES[task]), task):
+            known = {row["seed"] for row in read("without") if row["run"] == name}
+            for seed in [seed for seed in SEEDS if str(seed) not in known]:
+                rows = run(name, CHANGES[task], seed)
+                write("without", rows, "run", "seed", "step")
+                show(rows[-1], heading)
+                heading = False

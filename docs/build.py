@@ -31,7 +31,7 @@ ROOT, SITE = DOCS.parent, DOCS / "site"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 from tasks import SCRIPTS, TASKS
-from without import CHANGES
+from without import CHANGES, unchanged
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
 PARENTS = {  # script: the one that it is written as a change to
@@ -176,23 +176,22 @@ def figures_of(script: str, part: str) -> str:
     """What breaks without a line of this part: a curve for each seed, with it and without."""
     figures, rows = "", tables.read("without")
     for name, change in CHANGES.items():
-        own = [row for row in rows if row["change"] == name]
-        if own and (change.script, change.part) == (script, part):
-            figures += figure(own, change.what)
+        both = [[row for row in rows if row["run"] == x] for x in (name, unchanged(change))]
+        if all(both) and (change.script, change.part) == (script, part):
+            figures += figure(*both, change.what)
     return figures
 
 
-def figure(rows: list[dict], what: str) -> str:
+def figure(without: list[dict], as_it_is: list[dict], what: str) -> str:
     """An SVG of the curves, the mean greedy scores below it."""
-    points = [row for row in rows if row["step"] != "greedy"]
+    points = [row for row in without + as_it_is if row["step"] != "greedy"]
     right = max(float(row["step"]) for row in points)
     values = [float(row["return"]) for row in points]
     low, high = min(values), max(values)
     x = lambda step: 40 + 350 * float(step) / right
     y = lambda value: 130 - 120 * (float(value) - low) / (high - low)
     lines, scores = "", {}
-    for variant in ("without", "with"):
-        own = [row for row in rows if row["variant"] == variant]
+    for variant, own in (("without", without), ("with", as_it_is)):
         scores[variant] = mean(float(row["return"]) for row in own if row["step"] == "greedy")
         for seed in sorted({row["seed"] for row in own}):
             curve = [row for row in own if row["seed"] == seed and row["step"] != "greedy"]
@@ -202,7 +201,7 @@ def figure(rows: list[dict], what: str) -> str:
         lines += f'<text x="36" y="{y(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
     lines += f'<text x="390" y="146" text-anchor="end">{right / 1e6:.3g}M steps</text>'
     told = f"as it is: {scores['with']:.3g}, {html.escape(what)}: {scores['without']:.3g}"
-    seeds = len({row["seed"] for row in rows})
+    seeds = len({row["seed"] for row in without})
     return (
         f'<figure><svg viewBox="0 0 400 150" role="img" aria-label="Training returns">{lines}</svg>'
         f'<figcaption><b class="with">As it is</b>, <b class="without">{html.escape(what)}</b>: training '

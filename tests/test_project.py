@@ -420,14 +420,15 @@ def test_what_is_left_out_is_there_once_in_the_part_that_it_is_drawn_beside(name
 
 
 def test_the_figure_has_a_line_for_each_seed_and_the_mean_scores():
-    rows = [
-        {"variant": variant, "seed": seed, "step": step, "return": number}
-        for variant, number in (("with", 5), ("without", 1))
-        for seed in "12"
-        for step in ("1000", "2000", "greedy")
+    without, as_it_is = [
+        [
+            {"seed": seed, "step": step, "return": number}
+            for seed in "12"
+            for step in ("1000", "2000", "greedy")
+        ]
+        for number in (1, 5)
     ]
-    rows[0] |= {"return": 3}
-    drawn = build.figure(rows, "without <it>")
+    drawn = build.figure(without, as_it_is, "without <it>")
     assert drawn.count('<polyline class="with"') == drawn.count('<polyline class="without"') == 2
     assert "as it is: 5, without &lt;it&gt;: 1" in drawn and "of 2 seeds" in drawn
 
