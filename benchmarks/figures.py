@@ -1,17 +1,18 @@
 """The figures of the README, from the raw results.
 
 python benchmarks/figures.py learning_curves   # draws assets/learning_curves.png
-python benchmarks/figures.py all               # memory_length.png and growth.png, too
+python benchmarks/figures.py all               # the others, too
 """
 
 import sys
 from collections.abc import Iterable
+from statistics import mean
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from record import ROOT, parse_tasks, read
-from tasks import CHAIN_SCRIPTS, FAULT_STEPS, LENGTHS, MEMORY, MINATAR, RESULTS
+from tasks import CHAIN_SCRIPTS, FAULT_STEPS, LENGTHS, MEMORY, MEMORY_TASKS, MINATAR, RESULTS
 
 sys.path.insert(0, str(ROOT))
 from plot import COLORS, Curve, summarize
@@ -93,6 +94,26 @@ def growth() -> Figure:
     return figure
 
 
+def memories() -> Figure:
+    """A panel for each task, a row for each memory: a dot for each seed, a line for the mean."""
+    rows, figure, means = read("memories"), Figure(figsize=(12, 3.4), layout="constrained"), {}
+    for row in rows:
+        best = 500 if row["task"] == "cartpole" else 1
+        means.setdefault(row["memory"], []).append(float(row["score"]) / best)
+    names = sorted(means, key=lambda name: mean(means[name]))
+    panels = figure.subplots(1, len(MEMORY_TASKS), sharey=True)
+    for axes, (task, (label, _)) in zip(panels, MEMORY_TASKS.items(), strict=True):
+        for place, name in enumerate(names):
+            scores = [float(x["score"]) for x in rows if (x["memory"], x["task"]) == (name, task)]
+            axes.plot(scores, [place] * len(scores), "o", ms=4, alpha=0.5, color="C0")
+            if scores:
+                axes.plot([mean(scores)] * 2, [place - 0.3, place + 0.3], color="C1", lw=2)
+        axes.set_title(label, fontsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    return figure
+
+
 def pqn_fault() -> Figure:
     """With the right targets and with the published ones: means, and their standard errors."""
     figure = Figure(figsize=(12, 2.8), layout="constrained")
@@ -102,9 +123,9 @@ def pqn_fault() -> Figure:
             own = [row["curve"].split() for row in rows if row["targets"] == name]
             curves = np.array(own, float)
             steps = np.linspace(0, FAULT_STEPS, curves.shape[1] + 1)[1:]
-            mean, error = curves.mean(axis=0), curves.std(axis=0, ddof=1) / len(curves) ** 0.5
-            axes.plot(steps, mean, color=color, label=f"{name} targets, {len(curves)} seeds")
-            axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.25, lw=0)
+            middle, error = curves.mean(axis=0), curves.std(axis=0, ddof=1) / len(curves) ** 0.5
+            axes.plot(steps, middle, color=color, label=f"{name} targets, {len(curves)} seeds")
+            axes.fill_between(steps, middle - error, middle + error, color=color, alpha=0.25, lw=0)
         axes.set_title(f"{game}-MinAtar", fontsize=9)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=7)
@@ -114,8 +135,13 @@ def pqn_fault() -> Figure:
     return figure
 
 
-FIGURES = {"learning_curves": (learning_curves, 100), "memory_length": (memory_length, 130)}
-FIGURES |= {"growth": (growth, 110), "pqn_fault": (pqn_fault, 110)}  # name: drawn by, dots per inch
+FIGURES = {  # name: drawn by, dots per inch
+    "learning_curves": (learning_curves, 100),
+    "memory_length": (memory_length, 130),
+    "growth": (growth, 110),
+    "pqn_fault": (pqn_fault, 110),
+    "memories": (memories, 100),
+}
 
 
 if __name__ == "__main__":
