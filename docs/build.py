@@ -199,11 +199,11 @@ def figure(without: list[dict], as_it_is: list[dict], what: str) -> str:
             lines += f'<polyline class="{variant}" points="{path}"/>'
     for value in (low, high):
         lines += f'<text x="36" y="{y(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
-    lines += f'<text x="390" y="146" text-anchor="end">{right / 1e6:.3g}M steps</text>'
+    lines += f'<text x="390" y="146" text-anchor="end">{right / 1e6:.2g}M steps</text>'
     told = f"as it is: {scores['with']:.3g}, {html.escape(what)}: {scores['without']:.3g}"
     seeds = len({row["seed"] for row in without})
     return (
-        f'<figure><svg viewBox="0 0 400 150" role="img" aria-label="Training returns">{lines}</svg>'
+        f'<figure><svg viewBox="0 0 400 150" role="img" aria-label="Training returns, {told}">{lines}</svg>'
         f'<figcaption><b class="with">As it is</b>, <b class="without">{html.escape(what)}</b>: training '
         f"returns of {seeds} seeds. Mean greedy score {told}.</figcaption></figure>"
     )
