@@ -232,6 +232,10 @@ def q_head():
     return Head()
 
 
+DRQN_AS_MEMORAX = "--mask-obs --no-double-q --n-step 1 --gamma 0.99 --max-grad-norm None "
+DRQN_AS_MEMORAX += "--target-network-frequency 4000 --tau 1"
+
+
 def drqn_by_memorax(steps: int) -> float:
     import optax
     from memorax.algorithms import DQN, DQNConfig
@@ -453,7 +457,7 @@ MEMORY_PROGRAMS = {
     ).items()
 }
 SEQUENCE_PROGRAMS = {
-    **beside_memorax("drqn.py", "--mask-obs --no-double-q --n-step 1", drqn_by_memorax, 50_000),
+    **beside_memorax("drqn.py", DRQN_AS_MEMORAX, drqn_by_memorax, 50_000),
     **beside_memorax("rpqn.py", "--mask-obs", rpqn_by_memorax, 500_000),
     **beside_memorax("rsac.py", "--mask-obs --no-previous-action", rsac_by_memorax, 8_000),
 }
