@@ -25,7 +25,7 @@ Williams 1994, "Incremental Multi-Step Q-Learning": Q(lambda) that goes on where
         --num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 \
         --exploration-fraction 0.5 --reward-scale 0.1
 
-Expected: greedy return 25 +- 3 after 2M steps of Breakout-MinAtar, 88 +- 3 after 10M (mean and std of 5
+Expected: greedy return 30 +- 11 after 2M steps of Breakout-MinAtar, 88 +- 3 after 10M (mean and std of 5
 seeds, 100 episodes each), and 499 +- 4 after 500k steps of CartPole-v1 (10 seeds), with the last command.
 
 Differs from ppo.py in: action values take the place of policy and value; actions are epsilon-greedy; the
