@@ -33,7 +33,7 @@ MEMORIES = {  # file of memories/: step size
     "lru": 4e-3,
     "ffm": 2e-3,
     "shm": 2e-3,
-    "gpt2": 1e-3,
+    "gpt2": 4e-3,
     "gtrxl": 1e-3,
     "dnc": 1e-3,
     "framestack": 3e-4,
