@@ -23,9 +23,24 @@ class Change(NamedTuple):
     what: str  # for the figure's legend: "without ..."
     replaced: dict[str, str]  # text, once in the script: what stands there instead
     flags: str = ""
+    both: dict[str, str] = {}  # replaced in the script as it is, too
 
 
 CHANGES = {
+    "time_limit": Change(
+        "ppo",
+        "rollout",
+        "the time limit as an end",
+        {
+            "value_beyond = lambda: jnp.where(cut, agent(timestep.next_obs)[1], 0.0)\n": (
+                "value_beyond = lambda: jnp.zeros_like(value)\n"
+            )
+        },
+        "--env-id gymnax::CartPole-v1 --env-kwargs '{\"max_steps_in_episode\": 30}' "
+        "--total-timesteps 500000 --gamma 0.99",
+        # Judged over 500 steps.
+        {"args.seed + 2**30, args.env_kwargs,": 'args.seed + 2**30, "{}",'},
+    ),
     "broadcast": Change(
         "ppo",
         "ppo_loss",
@@ -65,10 +80,10 @@ CHANGES = {
 }
 
 
-def changed(change: Change) -> str:
-    """The script's text with the change in it."""
+def text_of(change: Change, replaced: dict[str, str]) -> str:
+    """The script's text with these changes in it."""
     text = (ROOT / f"{change.script}.py").read_text()
-    for old, new in change.replaced.items():
+    for old, new in (change.both | replaced).items():
         assert text.count(old) == 1, f"{change.script}.py has {text.count(old)} times: {old}"
         text = text.replace(old, new)
     return text
@@ -82,11 +97,9 @@ def unchanged(change: Change) -> str:
 def run(name: str, change: Change, seed: int) -> list[dict]:
     """A whole run -> rows of its curve, and one of its greedy score."""
     with tempfile.TemporaryDirectory() as folder:
-        script = ROOT / f"{change.script}.py"
-        if name in CHANGES:
-            script = Path(folder) / script.name
-            script.write_text(changed(change))
-            (script.parent / "envs").symlink_to(ROOT / "envs")
+        script = Path(folder) / f"{change.script}.py"
+        script.write_text(text_of(change, change.replaced if name in CHANGES else {}))
+        (script.parent / "envs").symlink_to(ROOT / "envs")
         done = run_script(str(script), f"{change.flags} --seed {seed}")
     points = [(row["step"], row["charts/episodic_return"]) for row in done.metrics]
     points = [(step, f"{float(x):.5g}") for step, x in points if x not in ("", "nan")]
