@@ -31,12 +31,14 @@ Expected on two CPU cores (greedy return, mean and std of 5 seeds, 100 episodes 
 without the velocities 496 +- 5 after 200k steps (ppo.py: 43; other seeds end at 436 now and then);
 MemoryChain of 32 steps 1 +- 0 after 200k, with --num-steps 66 --reward-scale 1.
 
-Differs from dqn.py in: a memory behind the first hidden layer; what is replayed are sequences, whole
-rollouts of one environment with the memory before them, in which episodes end and begin: both networks
-unroll all of it. What a time limit cut is not learned from, since the memory beyond it is not kept.
+Differs from dqn.py in: a memory behind the first hidden layer, and LayerNorm in both, as in pqn.py; what
+is replayed are sequences, whole rollouts of one environment with the memory before them, in which
+episodes end and begin: both networks unroll all of it. What a time limit cut is not learned from, since
+the memory beyond it is not kept.
 
-Differs from the papers: sequences do not overlap, so the steps of the burn-in are not learned from; one
-process acts and learns in turns; priorities are those of the last gradient step, without weights.
+Differs from the papers: LayerNorm; sequences do not overlap, so the steps of the burn-in are not
+learned from; one process acts and learns in turns; priorities are those of the last gradient step,
+without weights.
 """
 
 import os
@@ -278,14 +280,18 @@ class CNN(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """Action values Q(obs, .): a memory between two hidden layers; images pass an encoder."""
+    """Action values Q(obs, .): a memory between two hidden layers with LayerNorm; images pass an
+    encoder.
+    """
 
     def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
         self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
         in_size = self.encoder.out_size if self.encoder else obs_shape[0]
         self.hidden_1 = linear(in_size, args.embed_dim, 2**0.5, rngs)
+        self.norm_1 = nnx.LayerNorm(args.embed_dim, rngs=rngs)
         self.memory = load_memory(args.memory, args.memory_kwargs, args.embed_dim)(rngs=rngs)
         self.hidden_2 = linear(args.embed_dim, args.hidden_size, 2**0.5, rngs)
+        self.norm_2 = nnx.LayerNorm(args.hidden_size, rngs=rngs)
         # Stored as [out, in]: XLA's CPU gradient of a narrow [in, out] matrix is many times slower.
         init, shape = nnx.initializers.orthogonal(1.0), (action_size, args.hidden_size)
         self.head = nnx.Einsum("...i,oi->...o", shape, shape[:1], kernel_init=init, rngs=rngs)
@@ -311,11 +317,11 @@ class Agent(nnx.Module):
     def encode(self, obs: Array) -> Array:
         """[..., *obs_shape] -> [..., D]."""
         x = self.encoder(obs) if self.encoder else obs
-        return nnx.relu(self.hidden_1(x))
+        return nnx.relu(self.norm_1(self.hidden_1(x)))
 
     def values(self, x: Array) -> Array:
         """[..., D] -> action values [..., A]."""
-        return self.head(nnx.relu(self.hidden_2(x)))
+        return self.head(nnx.relu(self.norm_2(self.hidden_2(x))))
 
 
 # --- Rollout --------------------------------------------------------------------------------------
