@@ -534,12 +534,14 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         rollout_key, update_key, key = jax.random.split(state.key, 3)
         step = state.iteration * args.num_envs * args.num_steps
         epsilon = epsilon_at(step, args)
-        acting = acting._replace(memory=agent.open(memory))
+        opened = agent.open(memory)
+        acting = acting._replace(memory=opened)
         acting, batch = rollout(agent, env, acting, epsilon, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         done = batch.terminated | batch.truncated
         stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
-        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
+        if opened is not memory:  # acting went on in another form than learning starts from
+            acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         state = store(state, replay, recorded(memory, batch, acting), args)
         state, metrics = learn(state, replay, tx, step, update_key, args)
         state = state._replace(acting=acting, episode_stats=stats, key=key)

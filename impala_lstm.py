@@ -507,10 +507,11 @@ def make_train(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Call
 
     def actor(env, agent, acting, key):
         rollout_key, key = jax.random.split(key)
-        memory = acting.memory
-        acting = acting._replace(memory=agent.open(memory))
+        memory, opened = acting.memory, agent.open(acting.memory)
+        acting = acting._replace(memory=opened)
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
-        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
+        if opened is not memory:  # acting went on in another form than learning starts from
+            acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         return acting, key, batch
 
     def learner(state: TrainState, acting: tuple, keys: tuple, batches: tuple):

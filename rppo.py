@@ -452,8 +452,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
         agent, opt_state, acting, stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
-        memory = acting.memory
-        acting = acting._replace(memory=agent.open(memory))
+        memory, opened = acting.memory, agent.open(acting.memory)
+        acting = acting._replace(memory=opened)
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
@@ -467,7 +467,9 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         assert advantages.shape == returns.shape == (args.num_steps, args.num_envs)
         explained = 1.0 - jnp.var(returns - batch.value) / (jnp.var(returns) + 1e-8)
 
-        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
+        acted_as_it_is = all(a is b for a, b in zip(opened, memory, strict=True))
+        if not acted_as_it_is:  # but in another form than learning starts from
+            acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)  # detail 4
         learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)

@@ -433,8 +433,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent, opt_state, acting, stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         epsilon = epsilon_at(iteration * args.batch_size, args)
-        memory = acting.memory
-        acting = acting._replace(memory=agent.open(memory))
+        memory, opened = acting.memory, agent.open(acting.memory)
+        acting = acting._replace(memory=opened)
         acting, batch = rollout(agent, env, acting, epsilon, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
@@ -448,7 +448,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         )
         assert targets.shape == (args.num_steps, args.num_envs)
 
-        acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
+        if opened is not memory:  # acting went on in another form than learning starts from
+            acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)
         learner = (agent, opt_state, tx, learning_rate)
