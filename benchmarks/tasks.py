@@ -71,11 +71,11 @@ BREAKOUT_BY_DQN = (
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
     "--exploration-fraction 0.1 --hidden-sizes 128 128"
 )
-CARTPOLE_BY_PQN = (
-    "--env-id gymnax::CartPole-v1 --total-timesteps 500000 --num-envs 32 --num-steps 64 "
-    "--num-minibatches 16 --update-epochs 4 --learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 "
-    "--exploration-fraction 0.5 --reward-scale 0.1"
+SMALL_PQN = (
+    "--total-timesteps 500000 --num-envs 32 --num-minibatches 16 --update-epochs 4 "
+    "--learning-rate 2.5e-4 --q-lambda 0.95 --end-e 0.05 --exploration-fraction 0.5"
 )
+CARTPOLE_BY_PQN = f"--env-id gymnax::CartPole-v1 {SMALL_PQN} --num-steps 64 --reward-scale 0.1"
 LANDER_BY_PQN = (
     "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --reward-scale 0.1 --q-lambda 0.95 "
     "--num-minibatches 16 --update-epochs 4 --end-e 0.02 --exploration-fraction 0.2"
@@ -95,6 +95,7 @@ CHAIN_32 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
     "--reward-scale 1"
 )
+CHAIN_CONTROL = "MemoryChain-bsuite, 32 steps, the control"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
 CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
@@ -168,6 +169,14 @@ MEMORY = {
     ),
     "rpqn_memorychain": Task("rpqn.py", "MemoryChain-bsuite, 32 steps", CHAIN_32, bar=1),
     "drqn_memorychain": Task("drqn.py", "MemoryChain-bsuite, 32 steps", CHAIN_32, bar=1),
+    "pqn_memorychain": Task("pqn.py", CHAIN_CONTROL, f"{SMALL_PQN} {CHAIN_32}", bar=1),
+    "dqn_memorychain": Task("dqn.py", CHAIN_CONTROL, f"--total-timesteps 200000 {CHAIN_32}", bar=1),
+    "impala_memorychain": Task(
+        "impala.py",
+        "MemoryChain-bsuite, 8 steps, the control",
+        f"--total-timesteps 500000 --gamma 0.99 {CHAIN_8}",
+        bar=1,
+    ),
     "ppo_lstm_lunarlander": Task(
         "ppo_lstm.py", LANDER, LANDER_BY_LSTM, bar=200, target=200, judge=JUDGE
     ),
