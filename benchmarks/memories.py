@@ -1,13 +1,13 @@
 """rppo.py with every memory of memories/ on every task, 64 wide.
 
-    python benchmarks/memories.py rates gru s5    # four step sizes on a seed that is not reported
+    python benchmarks/memories.py rates gru s5    # four step sizes, on seeds that are not reported
     python benchmarks/memories.py scores all
 
 A row for each run: the mean return of 100 greedy episodes, the seconds of the whole process and the
 steps/s of the second half of its training; what the file has is not run again. `rates` runs half of
-RepeatPrevious, k = 4, once, and CartPole and the MemoryChain on two seeds each. A memory has one step
-size for all tasks: that with the largest sum of the three means there, a return of 500 in CartPole
-counting as 1; the smaller one of two that are equal.
+RepeatPrevious, k = 4, and CartPole on two seeds. A memory has one step size for all tasks: that with the
+largest sum of the two means there, a return of 500 in CartPole counting as 1; the smaller one of two
+that are equal.
 """
 
 import sys
@@ -29,7 +29,6 @@ STEP_SIZES = (3e-4, 1e-3, 2e-3, 4e-3)
 CHOSEN_ON = {  # task: seeds that are not reported, the largest score, more flags
     "repeat_previous": ((21,), 1.0, "--total-timesteps 500000"),
     "cartpole": ((21, 22), 500.0, ""),
-    "chain": ((21, 22), 1.0, ""),
 }
 MEMORIES = "gru lstm slstm mlstm xlstm s5 lru ffm shm gpt2 gtrxl dnc framestack none".split()
 

@@ -12,8 +12,8 @@ ppo_speed: LunarLander-v3, 64 environments x 128 steps, 4 epochs of 32 minibatch
 networks for actor and critic, 131,072 steps. The peers step Gymnasium's simulators one after the
 other, their default and the fastest of theirs for such a cheap one; ppo.py runs in EnvPool, its
 default, and in the same Gymnasium.
-sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each
-step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
+sac_speed_pendulum, sac_speed_halfcheetah and the same of td3: one environment, an update with 256
+transitions for each step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
 memory_speed: recurrent PPO on Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8
 minibatches of whole rollouts; actor and critic with an encoder of 64, a memory of 64 and a linear
 head each; 196,608 steps, with GTrXL 65,536.
@@ -29,6 +29,8 @@ dqn_speed: 10 environments, a gradient step on 128 transitions for each 10 steps
 10,000. Beside rejax: 64 x 64 networks (rejax has no others), double Q-learning. In PureJaxRL's
 configuration: 120 x 84, no double Q-learning; PureJaxRL is in no package index, so it is not run.
 The peak is that of a product of the larger layer's size, 128 x 120 x 84, which XLA runs on one core.
+pqn_speed: 32 environments x 64 steps, 4 epochs x 16 minibatches, 64 x 64 networks with LayerNorm, as
+rejax has them and with the XLA flag that pqn.py sets for itself.
 ..._jax012: the same with rejax on jax 0.12, which our simulators do not permit yet.
 """
 
@@ -147,12 +149,12 @@ def ppo_by_sb3(library: str, steps: int) -> float:
     return learn_by_sb3(PPO("MlpPolicy", env, **sizes, **rates, seed=1, device="cpu"), steps)
 
 
-def sac_by_sbx(env_id: str, steps: int) -> float:
-    from sbx import SAC
+def replay_by_sbx(algorithm: str, env_id: str, steps: int) -> float:
+    import sbx
 
     sizes = {"learning_starts": 1000, "batch_size": 256, "buffer_size": 100_000}
     sizes |= {"policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1, "gradient_steps": 1}
-    return learn_by_sb3(SAC("MlpPolicy", env_id, **sizes, seed=1), steps)
+    return learn_by_sb3(getattr(sbx, algorithm)("MlpPolicy", env_id, **sizes, seed=1), steps)
 
 
 def memorax_torso(memory: str):
@@ -395,6 +397,23 @@ def dqn_by_rejax() -> float:
     return time_calls(*training_by_rejax(algorithm, 100), 200, 1_000)
 
 
+def our_pqn() -> float:
+    pqn = our_script("pqn")
+    sizes = {"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "update_epochs": 4}
+    sizes |= {"hidden_size": 64, "total_timesteps": 1_000_000, "anneal_lr": False}
+    args = pqn.Args(env_id="gymnax::CartPole-v1", **sizes)
+    return time_calls(*our_training(pqn, args), 244, args.batch_size)
+
+
+def pqn_by_rejax() -> float:
+    from rejax import PQN
+
+    sizes = {"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "num_epochs": 4}
+    sizes |= {"total_timesteps": 1_000_000, "eval_freq": 1_000_000, "max_grad_norm": 10.0}
+    algorithm = PQN.create(env="CartPole-v1", **sizes, skip_initial_evaluation=True)
+    return time_calls(*training_by_rejax(algorithm, 1), 244, 32 * 64)
+
+
 def peak(rows: int, columns: int, width: int, number: int, **_) -> float:
     """GFLOP/s of float32 products [rows, columns] x [columns, width], so many in one program."""
     import jax
@@ -463,9 +482,13 @@ SEQUENCE_PROGRAMS = {
 }
 
 
-def sac_programs(ours_id: str, theirs_id: str) -> dict:
-    mine = partial(ours, "sac.py", f"--env-id {ours_id}")
-    return {"sac.py": mine, "sbx": partial(child, "sbx", sac_by_sbx, theirs_id)}
+def beside_sbx(name: str, ours_id: str, theirs_id: str, steps: int) -> Comparison:
+    mine = partial(ours, f"{name}.py", f"--env-id {ours_id}")
+    programs = {
+        f"{name}.py": mine,
+        "sbx": partial(child, "sbx", replay_by_sbx, name.upper(), theirs_id),
+    }
+    return Comparison("sbx", programs, [{"steps": steps}])
 
 
 def cartpole_programs(peer: str) -> dict:
@@ -489,20 +512,30 @@ def dqn_programs(peer: str) -> dict:
     }
 
 
+PQN_PROGRAMS = {
+    "pqn": partial(child, "", our_pqn),
+    "rejax": partial(child, "rejax", pqn_by_rejax),
+    "rejax_same_flag": partial(
+        child, "rejax", pqn_by_rejax, xla_flags="--xla_cpu_prefer_vector_width=512"
+    ),
+}
 NUM_ENVS = [{"num_envs": 4}, {"num_envs": 64}, {"num_envs": 2048}]
-PENDULUM = sac_programs("gymnax::Pendulum-v1", "Pendulum-v1")
-HALFCHEETAH = sac_programs("envpool::HalfCheetah-v5", "HalfCheetah-v5")
+PENDULUM = "gymnax::Pendulum-v1", "Pendulum-v1", 20_000
+HALFCHEETAH = "envpool::HalfCheetah-v5", "HalfCheetah-v5", 10_000
 OLD, NEW = "rejax", "rejax-jax012"
 TASKS = {
     "ppo_speed": Comparison("sbx", LANDER_PROGRAMS, [{"steps": 131_072}]),
-    "sac_speed_pendulum": Comparison("sbx", PENDULUM, [{"steps": 20_000}]),
-    "sac_speed_halfcheetah": Comparison("sbx", HALFCHEETAH, [{"steps": 10_000}]),
+    "sac_speed_pendulum": beside_sbx("sac", *PENDULUM),
+    "sac_speed_halfcheetah": beside_sbx("sac", *HALFCHEETAH),
+    "td3_speed_pendulum": beside_sbx("td3", *PENDULUM),
+    "td3_speed_halfcheetah": beside_sbx("td3", *HALFCHEETAH),
     "memory_speed": Comparison("memorax", MEMORY_PROGRAMS, [{}]),
     "sequence_speed": Comparison("memorax", SEQUENCE_PROGRAMS, [{}]),
     "cartpole_speed": Comparison(OLD, cartpole_programs(OLD), NUM_ENVS, wide=True),
     "cartpole_speed_jax012": Comparison(NEW, cartpole_programs(NEW), NUM_ENVS, wide=True),
     "dqn_speed": Comparison(OLD, dqn_programs(OLD), [{}], wide=True),
     "dqn_speed_jax012": Comparison(NEW, dqn_programs(NEW), [{}], wide=True),
+    "pqn_speed": Comparison(OLD, PQN_PROGRAMS, [{}], wide=True),
 }
 
 

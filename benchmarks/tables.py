@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from itertools import product
 from math import inf, isnan
 from statistics import median
 
@@ -237,6 +238,13 @@ def dqn_table() -> str:
     return markdown(["networks", "dqn.py", "rejax 0.1.3", "ratio", "with jax 0.12"], rows)
 
 
+def pqn_table() -> str:
+    ours, rejax, alike = columns_of(read("pqn_speed"), "pqn", "rejax", "rejax_same_flag")
+    speeds = [f"{median(x):,.0f}" for x in (ours, rejax)]
+    cells = [*speeds, *[f"{middle_ratio(ours, x):.2f}" for x in (rejax, alike)]]
+    return markdown(["pqn.py", "rejax 0.1.3", "ratio", "with our XLA flag"], [cells])
+
+
 def halfcheetah_table() -> str:
     raw, training = columns_of(read("halfcheetah_speed"), "raw", "training")
     cells = [
@@ -326,11 +334,13 @@ def fill(text: str) -> str:
     tables = {"scripts": scripts_table(), "results": results_table(RESULTS)}
     tables |= {"memory": results_table(MEMORY), "suites": suites_table(), "commands": commands()}
     tables |= {"ppo speed": programs_table("ppo_speed"), "cartpole speed": cartpole_table()}
-    tables |= {"dqn speed": dqn_table(), "trxl speed": trxl_table(), "growth": growth_tables()}
+    tables |= {"dqn speed": dqn_table(), "pqn speed": pqn_table()}
+    tables |= {"trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
     tables |= {"halfcheetah speed": halfcheetah_table()}
-    for task in ("pendulum", "halfcheetah"):
-        tables[f"sac speed {task}"] = two_programs(f"sac_speed_{task}", "sac.py", "sbx", "SBX")
+    for name, task in product(("sac", "td3"), ("pendulum", "halfcheetah")):
+        raw = f"{name}_speed_{task}"
+        tables[f"{name} speed {task}"] = two_programs(raw, f"{name}.py", "sbx", "SBX")
     tables |= {f"{name} speed": pairs_table(f"{name}_speed") for name in ("memory", "sequence")}
     if read("accelerator"):
         tables["accelerator"] = accelerator_table()

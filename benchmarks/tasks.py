@@ -236,8 +236,9 @@ MEMORY_TASKS = {  # of memories.py, for rppo.py: what the README calls it, flags
     "cartpole": ("CartPole without velocities", "--total-timesteps 300000"),
     "chain": (
         "MemoryChain, 32 steps",
-        "--num-steps 66 --reward-scale 1 --env-id gymnax::MemoryChain-bsuite "
-        "--env-kwargs '{\"memory_length\": 32}'",
+        # One reward an episode: lambda below 1 would hardly reach back, and all others are noise.
+        "--num-steps 66 --reward-scale 1 --gae-lambda 1 --no-norm-adv "
+        "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}'",
     ),
     "repeat_previous": ("RepeatPrevious, k = 4", f"{CARDS} memory::RepeatPreviousEasy"),
     "repeat_first": ("RepeatFirst, 415 steps", f"{CARDS} memory::RepeatFirstMedium"),
