@@ -28,8 +28,8 @@ memories/.
     python drqn.py --burn-in 8 --rescale-values --prioritized-replay    # with R2D2's parts
 
 Expected on two CPU cores (greedy return, mean and std of 5 seeds, 100 episodes each): CartPole-v1
-without the velocities 496 +- 5 after 200k steps (ppo.py: 43; other seeds end at 436 now and then);
-MemoryChain of 32 steps 1 +- 0 after 200k, with --num-steps 66 --reward-scale 1.
+without the velocities 493 +- 8 after 200k steps (ppo.py: 43); MemoryChain of 32 steps 1 +- 0 after
+200k, with --num-steps 66 --reward-scale 1.
 
 Differs from dqn.py in: a memory behind the first hidden layer, and LayerNorm in both, as in pqn.py; what
 is replayed are sequences, whole rollouts of one environment with the memory before them, in which
