@@ -97,6 +97,7 @@ def child(peer: str, function: Callable, *words, xla_flags: str = "", **sizes) -
     python = python_of(peer) if peer else sys.executable
     command = [python, __file__, "child", function.__name__, json.dumps([words, sizes])]
     environment = without_xla_flags() | ({"XLA_FLAGS": xla_flags} if xla_flags else {})
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # its own, if it has one
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return time.perf_counter() - start, float(done.stdout.split()[-1])
