@@ -26,6 +26,8 @@ class Change(NamedTuple):
     both: dict[str, str] = {}  # replaced in the script as it is, too
 
 
+# Trained in short episodes, judged in those that the environment has by itself.
+JUDGED_AS_USUAL = {"args.seed + 2**30, args.env_kwargs,": 'args.seed + 2**30, "{}",'}
 CHANGES = {
     "time_limit": Change(
         "ppo",
@@ -38,8 +40,14 @@ CHANGES = {
         },
         "--env-id gymnax::CartPole-v1 --env-kwargs '{\"max_steps_in_episode\": 30}' "
         "--total-timesteps 500000 --gamma 0.99",
-        # Judged over 500 steps.
-        {"args.seed + 2**30, args.env_kwargs,": 'args.seed + 2**30, "{}",'},
+        JUDGED_AS_USUAL,
+    ),
+    "norm_adv": Change(
+        "ppo",
+        "ppo_loss",
+        "advantages not normalised",
+        {"if args.norm_adv:  # detail 7\n": "if not args.norm_adv:\n"},
+        "--reward-scale 1",
     ),
     "broadcast": Change(
         "ppo",
@@ -60,6 +68,14 @@ CHANGES = {
         {
             "compute_targets(agent, target, batch, args)\n": "compute_targets(agent, agent, batch, args)\n"
         },
+    ),
+    "same_step_reset": Change(
+        "sac",
+        "step_and_learn",
+        "the observation after the reset as the next one",
+        {"timestep.reward, timestep.next_obs, timestep": "timestep.reward, timestep.obs, timestep"},
+        "--env-kwargs '{\"max_steps_in_episode\": 20}'",
+        JUDGED_AS_USUAL,
     ),
     "reset": Change(
         "ppo_lstm",
