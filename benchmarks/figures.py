@@ -12,7 +12,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from record import ROOT, parse_tasks, read
-from tasks import CHAIN_SCRIPTS, FAULT_STEPS, LENGTHS, MEMORY, MEMORY_TASKS, MINATAR, RESULTS
+from tasks import (
+    CHAIN_SCRIPTS,
+    CONTROL,
+    FAULT_STEPS,
+    LENGTHS,
+    MEMORY,
+    MEMORY_TASKS,
+    MINATAR,
+    RESULTS,
+)
 
 sys.path.insert(0, str(ROOT))
 from plot import COLORS, Curve, summarize
@@ -31,9 +40,9 @@ def curves_of(name: str, seeds: Iterable[int]) -> list[Curve]:
 
 
 def learning_curves() -> Figure:
-    """A thin line for each seed, a thick one for their interquartile mean."""
+    """A thin line for each seed, a thick one for their interquartile mean; controls learn nothing."""
     tasks = [(task, curves_of(name, task.seeds)) for name, task in (RESULTS | MEMORY).items()]
-    tasks = [(task, curves) for task, curves in tasks if curves]
+    tasks = [(task, curves) for task, curves in tasks if curves and CONTROL not in task.label]
     columns = 4
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(13, 2.2 * rows), layout="constrained")

@@ -85,7 +85,7 @@ HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
-CONTROL = f"{MASKED}, the control"
+CONTROL = ", the control"
 CHAIN_8 = (
     "--env-id gymnax::MemoryChain-bsuite --reward-scale 1 --no-norm-adv "
     """--env-kwargs '{"memory_length": 8}'"""
@@ -95,7 +95,7 @@ CHAIN_32 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
     "--reward-scale 1"
 )
-CHAIN_CONTROL = "MemoryChain-bsuite, 32 steps, the control"
+CHAIN_CONTROL = f"MemoryChain-bsuite, 32 steps{CONTROL}"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
 CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
@@ -145,7 +145,7 @@ MEMORY = {
     "rppo_s5_cartpole": Task("rppo.py", f"{MASKED}, S5", "--memory s5", bar=475),
     "ppo_trxl_cartpole": Task("ppo_trxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
     "ppo_gtrxl_cartpole": Task("ppo_gtrxl.py", MASKED, CARTPOLE_BY_TRXL, bar=475),
-    "ppo_masked_cartpole": Task("ppo.py", CONTROL, CARTPOLE_BY_PPO, bar=475),
+    "ppo_masked_cartpole": Task("ppo.py", MASKED + CONTROL, CARTPOLE_BY_PPO, bar=475),
     "impala_lstm_cartpole": Task("impala_lstm.py", MASKED, bar=475),
     "impala_lstm_memorychain": Task(
         "impala_lstm.py", "MemoryChain-bsuite, 8 steps", CHAIN_8, bar=1
@@ -154,16 +154,18 @@ MEMORY = {
         "rppo_continuous.py", "Pendulum-v1 without velocity", "", TEN, -200, -200
     ),
     "rpqn_cartpole": Task("rpqn.py", MASKED, bar=475),
-    "pqn_masked_cartpole": Task("pqn.py", CONTROL, f"{CARTPOLE_BY_PQN} --mask-obs 1 3", bar=475),
+    "pqn_masked_cartpole": Task(
+        "pqn.py", MASKED + CONTROL, f"{CARTPOLE_BY_PQN} --mask-obs 1 3", bar=475
+    ),
     "drqn_cartpole": Task("drqn.py", MASKED, bar=475),
     "rsacd_cartpole": Task("rsacd.py", MASKED, bar=475),
     "rsac_pendulum": Task("rsac.py", "Pendulum-v1 without velocity", bar=-185),
-    "dqn_masked_cartpole": Task("dqn.py", CONTROL, "--mask-obs 1 3", bar=475),
-    "sacd_masked_cartpole": Task("sacd.py", CONTROL, "--mask-obs 1 3", bar=475),
-    "impala_masked_cartpole": Task("impala.py", CONTROL, CARTPOLE_BY_IMPALA, bar=475),
+    "dqn_masked_cartpole": Task("dqn.py", MASKED + CONTROL, "--mask-obs 1 3", bar=475),
+    "sacd_masked_cartpole": Task("sacd.py", MASKED + CONTROL, "--mask-obs 1 3", bar=475),
+    "impala_masked_cartpole": Task("impala.py", MASKED + CONTROL, CARTPOLE_BY_IMPALA, bar=475),
     "sac_masked_pendulum": Task(
         "sac.py",
-        "Pendulum-v1 without velocity, the control",
+        f"Pendulum-v1 without velocity{CONTROL}",
         "--mask-obs 2 --total-timesteps 50000",
         bar=-185,
     ),
@@ -173,7 +175,7 @@ MEMORY = {
     "dqn_memorychain": Task("dqn.py", CHAIN_CONTROL, f"--total-timesteps 200000 {CHAIN_32}", bar=1),
     "impala_memorychain": Task(
         "impala.py",
-        "MemoryChain-bsuite, 8 steps, the control",
+        f"MemoryChain-bsuite, 8 steps{CONTROL}",
         f"--total-timesteps 500000 --gamma 0.99 {CHAIN_8}",
         bar=1,
     ),
