@@ -86,7 +86,7 @@ class Args:
     num_steps: int = 64  # steps in each environment between two updates
     learning_rate: float = 5e-4  # RAdam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.995  # discount factor
     q_lambda: float = 0.9  # lambda of the returns: 0 for one step, 1 for as many as there are
     num_minibatches: int = 16  # minibatches in each epoch, of whole environments
     update_epochs: int = 4  # passes over each batch

@@ -478,7 +478,7 @@ MEMORY_PROGRAMS = {
 }
 SEQUENCE_PROGRAMS = {
     **beside_memorax("drqn.py", DRQN_AS_MEMORAX, drqn_by_memorax, 50_000),
-    **beside_memorax("rpqn.py", "--mask-obs", rpqn_by_memorax, 500_000),
+    **beside_memorax("rpqn.py", "--mask-obs --gamma 0.99", rpqn_by_memorax, 500_000),
     **beside_memorax("rsac.py", "--mask-obs --no-previous-action", rsac_by_memorax, 8_000),
 }
 
