@@ -12,8 +12,8 @@ ppo_speed: LunarLander-v3, 64 environments x 128 steps, 4 epochs of 32 minibatch
 networks for actor and critic, 131,072 steps. The peers step Gymnasium's simulators one after the
 other, their default and the fastest of theirs for such a cheap one; ppo.py runs in EnvPool, its
 default, and in the same Gymnasium.
-sac_speed_pendulum, sac_speed_halfcheetah, td3_speed_halfcheetah: one environment, an update with 256
-transitions for each step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
+sac_speed_pendulum, sac_speed_halfcheetah: one environment, an update with 256 transitions for each
+step after the first 1,000, networks of 256 x 256; 20,000 and 10,000 steps.
 memory_speed: recurrent PPO on Pendulum-v1 in gymnax, 64 environments x 128 steps, 4 epochs of 8
 minibatches of whole rollouts; actor and critic with an encoder of 64, a memory of 64 and a linear
 head each; 196,608 steps, with GTrXL 65,536.
@@ -528,7 +528,6 @@ TASKS = {
     "ppo_speed": Comparison("sbx", LANDER_PROGRAMS, [{"steps": 131_072}]),
     "sac_speed_pendulum": beside_sbx("sac", *PENDULUM),
     "sac_speed_halfcheetah": beside_sbx("sac", *HALFCHEETAH),
-    "td3_speed_halfcheetah": beside_sbx("td3", *HALFCHEETAH),
     "memory_speed": Comparison("memorax", MEMORY_PROGRAMS, [{}]),
     "sequence_speed": Comparison("memorax", SEQUENCE_PROGRAMS, [{}]),
     "cartpole_speed": Comparison(OLD, cartpole_programs(OLD), NUM_ENVS, wide=True),
