@@ -29,8 +29,8 @@ arXiv:2007.06049 (--prioritized-replay, loss-adjusted: section 4).
         --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 --weight-decay 1e-2 --updates-per-step 2 \
         --target-entropy-scale 0.5 --alpha 0.01
 
-Expected on Pendulum-v1, on two CPU cores: greedy return -148 +- 12 after 20k steps (mean and std of 6
-seeds, 100 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps (5 seeds).
+Expected on Pendulum-v1, on two CPU cores: greedy return -144 +- 2 after 20k steps (mean and std of 6
+seeds, 1,000 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps (5 seeds).
 
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
