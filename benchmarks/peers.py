@@ -18,8 +18,8 @@ memory_speed: recurrent PPO on Pendulum-v1 in gymnax, 64 environments x 128 step
 minibatches of whole rollouts; actor and critic with an encoder of 64, a memory of 64 and a linear
 head each; 196,608 steps, with GTrXL 65,536.
 sequence_speed: drqn.py (one step, no double Q-learning, CartPole-v1), rpqn.py (CartPole-v1) and
-rsac.py (Pendulum-v1) beside memorax's DQN, PQN and SAC with the same GRU, layers, batches and
-gradient steps for each environment step.
+rsac.py (Pendulum-v1) beside memorax's DQN, PQN and SAC with the same GRU, widths, batches and
+gradient steps for each environment step; our layers have LayerNorm besides, but for rsac.py.
 
 Steady state alone, on gymnax's CartPole-v1, after a call to compile and warm up.
 cartpole_speed: PPO with 64 x 64 tanh networks, 128 steps, 4 epochs x 4 minibatches, about 500k
