@@ -292,6 +292,30 @@ def test_a_step_size_is_the_best_over_two_tasks(monkeypatch):
         memories.chosen("lstm")
 
 
+def test_a_run_of_less_than_a_minute_has_five_seeds_and_a_longer_one_three(monkeypatch):
+    memories, rows = BENCHMARKS["memories"], []
+    seconds = {"cartpole": 59.0, "chain": 61.0}
+
+    def measure(memory, task, seed, size):
+        outlier = 100 * (seed == 1)  # the first run compiles
+        return {
+            "memory": memory,
+            "task": task,
+            "seed": seed,
+            "step_size": size,
+            "seconds": seconds[task] + outlier,
+        }
+
+    monkeypatch.setattr(memories, "MEMORY_TASKS", seconds)
+    monkeypatch.setattr(memories, "read", lambda name: rows)
+    monkeypatch.setattr(memories, "measure", measure)
+    monkeypatch.setattr(memories, "chosen", lambda memory: 1e-3)
+    for row in memories.scores("gru"):
+        rows.append(row)
+    assert [row["seed"] for row in rows] == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert not list(memories.scores("gru"))  # what the file has is not run again
+
+
 def test_the_table_of_memories_has_the_step_sizes_that_were_best():
     rows = record.read("memories")
     used = {(row["memory"], float(row["step_size"])) for row in rows}
