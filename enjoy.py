@@ -102,6 +102,9 @@ def load_state(script: Any, args: Any, run: Path, seed: int) -> Any:
     """The state that the run's last checkpoint holds of one agent."""
     import jax
 
+    if not 0 <= seed - args.seed < args.num_seeds:
+        last = args.seed + args.num_seeds - 1
+        fail(f"--seed {seed} is not in this run, whose seeds are {args.seed} to {last}")
     num_actors = getattr(args, "num_actors", 1)  # impala.py
     if hasattr(args, "process_id"):  # ppo_trxl_pmap.py
         args = dataclasses.replace(args, num_envs=args.num_envs // jax.device_count())
@@ -302,6 +305,8 @@ def greedy_step(script: Any, args: Any, state: Any, env: Any) -> tuple[Any, list
     import jax
     import jax.numpy as jnp
 
+    if getattr(args, "previous_reward", False):
+        fail("the policy sees rewards (--previous-reward), and one that is taken along does not")
     raw = []  # observations as the simulator gives them
 
     def spy(mask_obs, obs):
@@ -344,6 +349,29 @@ def greedy_step(script: Any, args: Any, state: Any, env: Any) -> tuple[Any, list
     zeros = [jnp.zeros(x.shape, x.dtype) for x in examples]
     _, memory = one_turn(zeros, jnp.ones(1, bool), None)
     return one_turn, zeros, memory
+
+
+def load_policy(run: Path | str, seed: int | None = None) -> tuple[Any, list]:
+    """A run's greedy policy in JAX -> act(obs, memory, first) -> action, memory; and a first memory.
+
+    obs: one observation as the simulator gives it (a list, if it has parts); first: it begins an
+    episode; seed: which agent of a run with several. jax.vmap makes of act one for many environments.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    script, args = load_script(Path(run))
+    state = load_state(script, args, Path(run), args.seed if seed is None else seed)
+    step, examples, memory = greedy_step(script, args, state, make_env(script, args, 1, 0))
+
+    @jax.jit
+    def act(obs, memory=(), first=False):
+        parts = obs if isinstance(obs, list) else [obs]
+        parts = [jnp.asarray(x, y.dtype)[None] for x, y in zip(parts, examples, strict=True)]
+        action, memory = step(parts, jnp.asarray(first)[None], list(memory))
+        return action[0], memory
+
+    return act, memory
 
 
 def unrolled(f, carry, xs, **_):
@@ -491,17 +519,17 @@ def einsum_of(eqn: Any) -> str:
 
 def export(script: Any, args: Any, state: Any, out: Path) -> None:
     """The policy as a list of NumPy's steps, for run_policy.py, which is put beside it; or in
-    StableHLO, for jax.export.deserialize.
+    StableHLO, for jax.export.deserialize: (obs [1, ...] in a list, first [1], memory) -> action [1],
+    memory. Where first is True the memory is not read, so zeros of in_avals' shapes will do.
     """
     import jax
 
-    if getattr(args, "previous_reward", False):
-        fail("--export: the policy sees rewards (--previous-reward), and an exported one does not")
     step, obs, memory = greedy_step(script, args, state, make_env(script, args, 1, 0))
     first = np.ones(1, bool)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".stablehlo":
-        out.write_bytes(jax.export.export(jax.jit(step))(obs, first, memory).serialize())
+        made = jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "rocm", "tpu"))
+        out.write_bytes(made(obs, first, memory).serialize())
         return
     program, number = jax.make_jaxpr(step)(obs, first, memory), len(obs) + 1 + len(memory)
     known = dict(zip(program.jaxpr.invars, range(number), strict=True))
@@ -555,9 +583,6 @@ def told(what: str):
 def main(args: Args) -> None:
     script, run_args = load_script(args.run)
     seed = run_args.seed if args.seed is None else args.seed
-    if not 0 <= seed - run_args.seed < run_args.num_seeds:
-        last = run_args.seed + run_args.num_seeds - 1
-        fail(f"--seed {seed} is not in this run, whose seeds are {run_args.seed} to {last}")
     out = args.out or args.run / "episode.gif"
     if out.suffix not in (".gif", ".webp", ".png"):
         fail(f"--out {out} must end in .gif, .webp or .png")
@@ -570,6 +595,8 @@ def main(args: Args) -> None:
     if args.export and args.export.suffix not in (".npz", ".stablehlo"):
         fail(f"--export {args.export} must end in .npz or .stablehlo")
 
+    if args.export and hasattr(run_args, "compute_dtype"):  # NumPy has no bfloat16
+        run_args = dataclasses.replace(run_args, compute_dtype="float32")
     state = load_state(script, run_args, args.run, seed)
     if args.export:
         export(script, run_args, state, args.export)

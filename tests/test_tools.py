@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -192,9 +193,8 @@ def test_a_policy_is_exported_and_acts_without_jax(tmp_path, name):
     flags = [*RUNS[name].split(), "--total-timesteps", 512, "--eval-episodes", 0]
     done = run(f"{name}.py", *flags, "--run-dir", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for out in ("policy.npz", "policy.stablehlo"):
-        done = run("enjoy.py", "here", "--export", tmp_path / "out" / out, cwd=tmp_path)
-        assert done.returncode == 0 and (tmp_path / "out" / out).stat().st_size > 1000, done.stderr
+    done = run("enjoy.py", "here", "--export", tmp_path / "out/policy.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     program = """if True:
         import sys; sys.modules["jax"] = None
         from run_policy import Policy
@@ -208,6 +208,70 @@ def test_a_policy_is_exported_and_acts_without_jax(tmp_path, name):
     assert re.fullmatch(r"[01]|\[-?[\d.]+\]", done.stdout.strip()), done.stderr
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["ppo_continuous", "impala"])  # seeds alone decide what they meet
+def test_a_policy_taken_along_has_the_returns_of_the_evaluation(tmp_path, monkeypatch, name):
+    """In your own loop, one episode in each environment: run_policy.py, and enjoy.load_policy."""
+    flags = [*RUNS[name].split(), "--total-timesteps", 512 * 8, "--eval-episodes", 5]
+    done = run(f"{name}.py", *flags, "--run-dir", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wanted,) = json.loads((tmp_path / "here/evaluation.json").read_text())["seeds"]
+    done = run("enjoy.py", "here", "--export", "policy.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, name, importlib.import_module(name))  # enjoy.py loads its own
+    script, args = enjoy.load_script(tmp_path / "here")
+    act, _ = enjoy.load_policy(tmp_path / "here")
+    for policy in (run_policy.Policy(tmp_path / "policy.npz"), act):
+        env = enjoy.make_env(script, args, 5, args.seed + 2**30)
+        env_state, obs = env.reset(jax.random.key(0))
+        returns, alive = np.zeros(5), np.ones(5, bool)
+        while alive.any():
+            action = jnp.stack([policy(x)[0] for x in np.asarray(obs)])
+            env_state, timestep = env.step(jax.random.key(0), env_state, action)
+            returns += alive * np.asarray(timestep.reward)
+            alive &= ~np.asarray(timestep.terminated | timestep.truncated)
+            obs = timestep.obs
+        assert returns.mean() == pytest.approx(wanted["mean"], rel=1e-3)
+        assert returns.std() == pytest.approx(wanted["std"], rel=1e-2)
+
+
+@pytest.mark.thorough
+def test_a_policy_is_loaded_in_python_with_its_memory_and_its_masks(tmp_path, monkeypatch, capsys):
+    flags = [*RUNS["ppo_lstm"].split(), "--total-timesteps", 512, "--eval-episodes", 0]
+    assert run("ppo_lstm.py", *flags, "--run-dir", "here", cwd=tmp_path).returncode == 0
+    done = run("enjoy.py", "here", "--seed", 2, "--export", "policy.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "ppo_lstm", importlib.import_module("ppo_lstm"))
+    act, memory = enjoy.load_policy(tmp_path / "here", seed=2)
+    policy = run_policy.Policy(tmp_path / "policy.npz")
+    many = jax.vmap(act, (0, None, None))
+    obs, own = np.random.default_rng(0).normal(size=(20, 4)), policy.memory
+    for number, x in enumerate(obs):
+        first = number in (0, 13)
+        np.testing.assert_array_equal(many(x[None], memory, first)[0][0], act(x, memory, first)[0])
+        action, memory = act(x, memory, first)
+        expected, _, own = policy(np.float32(x), own, first)
+        assert action == expected
+        for ours, theirs in zip(memory, own, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(SystemExit):
+        enjoy.load_policy(tmp_path / "here", seed=0)
+    assert "--seed 0 is not in this run, whose seeds are 1 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_a_policy_that_computes_in_bfloat16_is_exported_in_float32(tmp_path):
+    flags = "--env-id gymnax::CartPole-v1 --num-envs 4 --num-steps 16 --num-minibatches 2"
+    flags += " --window-length 8 --memory-length 8 --total-timesteps 128 --eval-episodes 0"
+    flags = [*flags.split(), "--compute-dtype", "bfloat16", "--run-dir", "here"]
+    assert run("ppo_trxl.py", *flags, cwd=tmp_path).returncode == 0
+    done = run("enjoy.py", "here", "--export", "policy.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    policy = run_policy.Policy(tmp_path / "policy.npz")
+    action, scores, _ = policy(np.ones(4, np.float32), policy.memory, first=True)
+    assert action in (0, 1) and scores.dtype == np.float32
+
+
 # Weights and memories of any kind; a normaliser, masked entries, bounds, screens, observations of parts.
 EXPORTED = {
     "ppo": "--env-id gymnax::CartPole-v1 --mask-obs 1",
@@ -216,6 +280,7 @@ EXPORTED = {
 }
 EXPORTED_TOO = {
     "ppo of screens": "--env-id envpool::Pong-v5",
+    **dict.fromkeys(("a2c", "impala", "pqn", "rpqn", "td3", "sacd", "rsacd", "rppo_continuous"), ""),
     "ppo_trxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
     "dqn": "",
     "ppo_gtrxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
@@ -226,9 +291,8 @@ EXPORTED_TOO = {
     "impala_lstm": "",
     **{f"rppo {x.stem}": f"--memory {x.stem}" for x in (ROOT / "memories").glob("*.py")},
 }
-CHAOTIC = (
-    "rppo dnc",
-)  # equal usages are told apart by their last digits: not held to equal memories
+CHAOTIC = ("rppo dnc",)  # equal usages are told apart by their last digits: 50 observations
+SHORTER = {*EXPORTED_TOO} - {"ppo of screens", "ppo_gtrxl", "sac", *CHAOTIC}  # 1,000; others: 10,000
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *[thorough(x) for x in EXPORTED_TOO]])
@@ -241,36 +305,50 @@ def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
     state = jax.jit(script.make_train(args, env)[0])(jax.random.key(1))
     if getattr(state, "obs_stats", None):
         state = state._replace(obs_stats=jax.tree.map(lambda x: x + 0.5, state.obs_stats))
+    where = "agent" if hasattr(state, "agent") else "learner"
+    state = state._replace(**{where: noisy(getattr(state, where))})
     enjoy.export(script, args, state, tmp_path / "policy.npz")
+    enjoy.export(script, args, state, tmp_path / "policy.stablehlo")
     policy = run_policy.Policy(tmp_path / "policy.npz")
+    exported = jax.export.deserialize((tmp_path / "policy.stablehlo").read_bytes())
     one = enjoy.make_env(script, args, 1, 0)
     step, (example,), memory = enjoy.greedy_step(script, args, state, one)
 
     draw = np.random.default_rng(0)
-    length = 50 if name in CHAOTIC else 1_000 if name in EXPORTED_TOO else 10_000
+    length = 50 if name in CHAOTIC else 1_000 if name in SHORTER else 10_000
     if example.dtype == np.uint8:
         obs = draw.integers(0, 256, (length, *example.shape), np.uint8)
     else:
         obs = np.float32(draw.normal(size=(length, *example.shape)))
     first = np.arange(length) % 73 == 0
 
-    def act(memory, given):
-        action, memory = step([given[0]], given[1][None], memory)
-        return memory, action[0]
+    def acts(step, memory):
+        def act(memory, given):
+            action, memory = step([given[0]], given[1][None], memory)
+            return memory, action[0]
 
-    _, expected = jax.jit(lambda *x: jax.lax.scan(act, *x))(memory, (obs, first))
+        return jax.jit(lambda *x: jax.lax.scan(act, *x))(memory, (obs, first))[1]
+
+    expected = acts(step, memory)
+    *_, zeros = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]  # not read at a first step
+    zeros = [np.zeros(x.shape, x.dtype) for x in zeros]
+    by_export = acts(exported.call, zeros)
     own, actions, scores = policy.memory, [], []
     for x, begins in zip(obs, first, strict=True):
         action, score, own = policy(x[0], own, begins)
         actions.append(action)
         scores.append(score)
     if np.ndim(actions[0]):
-        np.testing.assert_allclose(actions, expected, atol=1e-5)
+        np.testing.assert_allclose(actions, expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(by_export, expected, atol=1e-5, rtol=1e-5)
+        assert np.std(expected, axis=0).min() > 0.05
         return
     best = np.sort(scores, axis=1)
     clear = best[:, -1] - best[:, -2] > 1e-5  # of the others, rounding may choose
     assert clear.mean() > 0.9
-    np.testing.assert_array_equal(np.array(actions)[clear], np.asarray(expected)[clear])
+    for some in (actions, by_export):
+        np.testing.assert_array_equal(np.array(some)[clear], np.asarray(expected)[clear])
+    assert len(set(actions)) > 1
     shaped = jax.vmap(lambda x: script.shape_obs(args.mask_obs, x))(obs)
     if hasattr(state.agent, "step"):
         start = getattr(state.agent, "open", lambda x: x)(state.agent.initial_memory(1))
@@ -279,7 +357,16 @@ def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
     else:
         scored = jax.lax.map(state.agent, shaped)
         scored = scored[0] if isinstance(scored, tuple) else scored
-    np.testing.assert_allclose(scores, scored[:, 0], atol=1e-5)
+    np.testing.assert_allclose(scores, scored[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def noisy(agent):
+    """With every parameter perturbed: a fresh actor's last layer would hide errors, its outputs being
+    near 0."""
+    leaves, structure = jax.tree.flatten(agent)
+    draw = np.random.default_rng(1)
+    made = [x + np.asarray(draw.normal(0, 0.1, x.shape), x.dtype) for x in leaves]
+    return jax.tree.unflatten(structure, made)
 
 
 def test_what_runs_an_exported_policy_needs_nothing_but_numpy():
