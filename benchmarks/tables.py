@@ -197,9 +197,11 @@ def memories_table() -> str:
             cells.append(f"{np.mean(scores):.{digits}f}" if scores else "–")
             if scores and max(scores) - min(scores) >= 0.1 * 10 ** (2 - digits):
                 cells[-1] += f" ({min(scores):.{digits}f})"
-        speeds = [int(row["steps_per_second"]) for row in own if row["task"] == "repeat_previous"]
-        rows.append([*cells, f"{round(median(speeds), -2):,.0f}" if speeds else "–"])
-    heading = ["memory", "parameters", "state", "step size", *tasks.values(), "steps/s"]
+        timed = [row for row in own if row["task"] == "repeat_previous"]
+        speeds, seconds = columns_of(timed, "steps_per_second", "seconds") if timed else ([], [])
+        cells.append(f"{round(median(speeds), -2):,.0f}" if timed else "–")
+        rows.append([*cells, f"{median(seconds):.0f}" if timed else "–"])
+    heading = ["memory", "parameters", "state", "step size", *tasks.values(), "steps/s", "s"]
     return markdown(heading, rows).replace(" -0.", " −0.").replace("(-0.", "(−0.")
 
 
