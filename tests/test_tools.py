@@ -338,24 +338,26 @@ def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
         action, score, own = policy(x[0], own, begins)
         actions.append(action)
         scores.append(score)
+    assert np.std(scores, axis=0).max() > 0.05  # they depend on what is seen
     if np.ndim(actions[0]):
         np.testing.assert_allclose(actions, expected, atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(by_export, expected, atol=1e-5, rtol=1e-5)
-        assert np.std(expected, axis=0).min() > 0.05
         return
     best = np.sort(scores, axis=1)
     clear = best[:, -1] - best[:, -2] > 1e-5  # of the others, rounding may choose
     assert clear.mean() > 0.9
     for some in (actions, by_export):
         np.testing.assert_array_equal(np.array(some)[clear], np.asarray(expected)[clear])
-    assert len(set(actions)) > 1
     shaped = jax.vmap(lambda x: script.shape_obs(args.mask_obs, x))(obs)
-    if hasattr(state.agent, "step"):
-        start = getattr(state.agent, "open", lambda x: x)(state.agent.initial_memory(1))
-        look = lambda memory, given: state.agent.step(memory, given[0], given[1][None])[:2]
+    agent = state.learner.actor if where == "learner" else state.agent
+    if hasattr(agent, "history"):  # rsacd.py acts on more than observations
+        return
+    if hasattr(agent, "step"):
+        start = getattr(agent, "open", lambda x: x)(agent.initial_memory(1))
+        look = lambda memory, given: agent.step(memory, given[0], given[1][None])[:2]
         scored = jax.lax.scan(look, start, (shaped, first))[1]
     else:
-        scored = jax.lax.map(state.agent, shaped)
+        scored = jax.lax.map(agent, shaped)
         scored = scored[0] if isinstance(scored, tuple) else scored
     np.testing.assert_allclose(scores, scored[:, 0], atol=1e-5, rtol=1e-5)
 
