@@ -15,6 +15,7 @@ import difflib
 import html
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -24,6 +25,7 @@ from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
 from pygments.lexers import DiffLexer, PythonLexer
 
 DOCS = Path(__file__).parent
@@ -31,7 +33,7 @@ ROOT, SITE = DOCS.parent, DOCS / "site"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 from tasks import SCRIPTS, TASKS
-from without import CHANGES, unchanged
+from without import CHANGES, Change, unchanged
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
 PARENTS = {  # script: the one that it is written as a change to
@@ -139,9 +141,16 @@ def linked(text: str, name: str = "") -> str:
     return re.sub(r"<code>(\w+)\.py</code>", link, text)
 
 
-def code(text: str) -> str:
-    """Highlighted; what is wider than the page can be scrolled with the keyboard, too."""
-    return highlight(text, PythonLexer(), HtmlFormatter()).replace("<pre>", '<pre tabindex="0">', 1)
+def scrollable(text: str, label: str) -> str:
+    """Code that is wider than the page can be scrolled with the keyboard, too."""
+    label = html.escape(label)
+    return text.replace("<pre>", f'<pre tabindex="0" role="region" aria-label="{label}">')
+
+
+def code(text: str, label: str, lexer: Lexer | None = None) -> str:
+    """Highlighted; names and punctuation, which have the text's colour, without marks."""
+    marked = highlight(text, lexer or PythonLexer(), HtmlFormatter())
+    return scrollable(re.sub(r'<span class="[npw]">(.*?)</span>', r"\1", marked), label)
 
 
 @cache
@@ -172,41 +181,98 @@ def page(title: str, body: str, links: str) -> str:
 """
 
 
+# --- Figures --------------------------------------------------------------------------------------
+
+LEFT, RIGHT, TOP, BOTTOM = 62, 300, 10, 128  # of training returns, in an SVG of 150
+COLUMNS = {"with": 385, "without": 425}  # of greedy scores, beside them
+
+
+def number(value: float) -> str:
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}").replace("-", "−")
+
+
+def axis(values: list[float], left: int) -> tuple[Callable, str]:
+    """-> the height of a value, and an axis with the lowest and the highest of them."""
+    low, high = min(values), max(values)
+    y = lambda value: round(BOTTOM - (BOTTOM - TOP) * (value - low) / ((high - low) or 1))
+    drawn = f'<path d="M{left},{TOP}V{BOTTOM}"/>'
+    for value in {low, high}:
+        drawn += f'<text x="{left - 5}" y="{y(value) + 4}" class="end">{number(value)}</text>'
+    return y, drawn
+
+
+def learning(curves: list[tuple[str, list[dict]]]) -> str:
+    """Training returns over steps: a line for each kind and rows of a seed."""
+    curves = [
+        [kind, [(float(x["step"]), float(x["return"])) for x in rows]] for kind, rows in curves
+    ]
+    right = max(step for _, points in curves for step, _ in points)
+    y, drawn = axis([value for _, points in curves for _, value in points], LEFT)
+    for kind, points in curves:
+        path = " ".join(f"{LEFT + (RIGHT - LEFT) * step / right:.0f},{y(x)}" for step, x in points)
+        drawn += f'<polyline class="{kind}" points="{path}"/>'
+    steps = f"{right / 1e6:.2g}M" if right >= 1e6 else f"{right / 1e3:.0f}k"
+    drawn += f'<path d="M{LEFT},{BOTTOM}H{RIGHT}"/><text x="{RIGHT}" y="144" class="end">{steps} steps</text>'
+    return f'{drawn}<text transform="translate(12 70) rotate(-90)" class="middle">return</text>'
+
+
+def greedy(scores: dict[str, list[float]]) -> str:
+    """A column of dots for each variant, a dot for each seed."""
+    y, drawn = axis(sum(scores.values(), []), COLUMNS["with"] - 20)
+    for variant, values in scores.items():
+        for value in values:
+            drawn += f'<circle class="{variant}" cx="{COLUMNS[variant]}" cy="{y(value)}" r="4"/>'
+    return (
+        f'{drawn}<text x="{sum(COLUMNS.values()) / 2}" y="144" class="middle">greedy score</text>'
+    )
+
+
+def svg(drawn: str, width: int, told: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} 150" role="img" aria-label="{html.escape(told)}">{drawn}</svg>'
+    )
+
+
 def figures_of(script: str, part: str) -> str:
     """What breaks without a line of this part: a curve for each seed, with it and without."""
     figures, rows = "", tables.read("without")
     for name, change in CHANGES.items():
         both = [[row for row in rows if row["run"] == x] for x in (name, unchanged(change))]
         if all(both) and (change.script, change.part) == (script, part):
-            figures += figure(*both, change.what)
+            figures += figure(*both, change.what, changed_lines(change), change.flags)
     return figures
 
 
-def figure(without: list[dict], as_it_is: list[dict], what: str) -> str:
-    """An SVG of the curves, the mean greedy scores below it."""
-    points = [row for row in without + as_it_is if row["step"] != "greedy"]
-    right = max(float(row["step"]) for row in points)
-    values = [float(row["return"]) for row in points]
-    low, high = min(values), max(values)
-    x = lambda step: 40 + 350 * float(step) / right
-    y = lambda value: 130 - 120 * (float(value) - low) / (high - low)
-    lines, scores = "", {}
-    for variant, own in (("without", without), ("with", as_it_is)):
-        scores[variant] = mean(float(row["return"]) for row in own if row["step"] == "greedy")
+def changed_lines(change: Change) -> str:
+    """The lines of the part that are changed: as they stand, then as changed."""
+    stands = changed = codes_of(change.script)[change.part]
+    for old, new in change.replaced.items():
+        changed = changed.replace(old, new)
+    lines = difflib.unified_diff(stands.splitlines(), changed.splitlines(), n=0)
+    return "\n".join(f"{x[0]} {x[1:].strip()}" for x in [*lines][2:] if x[0] in "-+")
+
+
+def figure(without: list[dict], as_it_is: list[dict], what: str, lines: str, flags: str) -> str:
+    """Curves of training and the greedy scores, the changed lines below them."""
+    curves, scores = [], {}
+    for variant, own in (("with", as_it_is), ("without", without)):
+        scores[variant] = [float(row["return"]) for row in own if row["step"] == "greedy"]
         for seed in sorted({row["seed"] for row in own}):
             curve = [row for row in own if row["seed"] == seed and row["step"] != "greedy"]
-            path = " ".join(f"{x(row['step']):.0f},{y(row['return']):.0f}" for row in curve)
-            lines += f'<polyline class="{variant}" points="{path}"/>'
-    for value in (low, high):
-        lines += f'<text x="36" y="{y(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
-    lines += f'<text x="390" y="146" text-anchor="end">{right / 1e6:.2g}M steps</text>'
-    told = f"as it is: {scores['with']:.3g}, {html.escape(what)}: {scores['without']:.3g}"
+            curves.append((variant, curve))
+    told = f"as it is: {number(mean(scores['with']))}, {what}: {number(mean(scores['without']))}"
     seeds = len({row["seed"] for row in without})
+    run = f" Run with <code>{html.escape(flags)}</code>." if flags else ""
+    drawn = svg(learning(curves) + greedy(scores), 440, f"Training returns and scores, {told}")
     return (
-        f'<figure><svg viewBox="0 0 400 150" role="img" aria-label="Training returns, {told}">{lines}</svg>'
-        f'<figcaption><b class="with">As it is</b>, <b class="without">{html.escape(what)}</b>: training '
-        f"returns of {seeds} seeds. Mean greedy score {told}.</figcaption></figure>"
+        f'<figure>{drawn}<figcaption><b class="with">As it is</b> (solid lines, full dots) and '
+        f'<b class="without">{html.escape(what)}</b> (dashed, hollow): training returns and greedy scores '
+        f"of {seeds} seeds. Mean greedy score {html.escape(told)}.{run}</figcaption>"
+        f"{code(lines, f'The line of the figure: {what}', DiffLexer())}</figure>"
     )
+
+
+# --- Pages ----------------------------------------------------------------------------------------
 
 
 def results_of(script: str) -> str:
@@ -228,8 +294,7 @@ def difference_of(script: str) -> str:
     changes = difflib.unified_diff(
         *[x.splitlines() for x in both], *[f"{x}.py" for x in names], "", "", 2, ""
     )
-    text = highlight("\n".join(changes), DiffLexer(), HtmlFormatter())
-    text = text.replace("<pre>", '<pre tabindex="0">', 1)
+    text = code("\n".join(changes), f"What it changes in {names[0]}.py", DiffLexer())
     return f"<details><summary>What it changes in {names[0]}.py</summary>{text}</details>"
 
 
@@ -253,7 +318,7 @@ def script_page(script: str) -> str:
         body.append(
             f'<section class="part" id="{part.name}" aria-labelledby="{part.name}-name">'
             f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">{part.name}</a></h3>'
-            f"{linked(prose(words[part.name]), part.name)}{figures_of(script, part.name)}</div>{code(part.code)}</section>"
+            f"{linked(prose(words[part.name]), part.name)}{figures_of(script, part.name)}</div>{code(part.code, part.name)}</section>"
         )
     total, algorithm = tables.lines_of(script)
     body += [results_of(script), difference_of(script)]

@@ -487,9 +487,23 @@ def test_the_figure_has_a_line_for_each_seed_and_the_mean_scores():
         ]
         for number in (1, 5)
     ]
-    drawn = build.figure(without, as_it_is, "without <it>")
+    drawn = build.figure(without, as_it_is, "without <it>", "- it\n+ a < b", "--seed 1")
     assert drawn.count('<polyline class="with"') == drawn.count('<polyline class="without"') == 2
     assert "as it is: 5, without &lt;it&gt;: 1" in drawn and "of 2 seeds" in drawn
+    assert drawn.count('<circle class="with"') == drawn.count('<circle class="without"') == 2
+
+
+@pytest.mark.parametrize("name", build.CHANGES)
+def test_every_change_was_run_with_five_seeds_and_has_a_figure_with_the_changed_lines(name):
+    change = build.CHANGES[name]
+    for run in (name, build.unchanged(change)):
+        rows = [row for row in record.read("without") if row["run"] == run]
+        assert {row["seed"] for row in rows} == set("12345"), f"run: benchmarks/without.py {name}"
+        assert sum(row["step"] == "greedy" for row in rows) == 5
+    figures = build.figures_of(change.script, change.part)
+    assert f'<b class="without">{change.what}</b>' in figures
+    lines = build.changed_lines(change).splitlines()
+    assert [x[0] for x in lines] in (["-", "+"] * len(change.replaced), ["-", "-", "+", "+"]), lines
 
 
 @pytest.mark.thorough
