@@ -36,8 +36,14 @@ def scores_of(name: str) -> list[dict]:
 
 
 def mean_of(name: str, digits: int, sign: str = "±") -> str:
+    """Mean and spread over seeds; of a single one, no spread."""
     means = np.array([float(row["mean"]) for row in scores_of(name)])
-    return f"{means.mean():.{digits}f} {sign} {means.std():.{digits}f}" if len(means) else ""
+    spread = f" {sign} {means.std():.{digits}f}" if len(means) > 1 else ""
+    return f"{means.mean():.{digits}f}{spread}" if len(means) else ""
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def steps_of(name: str) -> str:
@@ -97,7 +103,7 @@ def cells_of(name: str) -> list[str]:
         low, high = bootstrap(means[:, None])
         interval = f" [{low[0]:.1f}, {high[0]:.1f}]"
     if len(means):
-        middle, seeds = f"{interquartile_mean(means[:, None])[0]:.1f}", f"{len(means)} seeds"
+        middle, seeds = f"{interquartile_mean(means[:, None])[0]:.1f}", counted(len(means), "seed")
     if len(means) and task.bar is not None:
         seeds = f"{sum(x >= task.bar for x in means)} of {len(means)} ≥ {task.bar:g}"
     if seconds := launches_of(name):
@@ -121,7 +127,7 @@ def suites_table() -> str:
     for name, task in SUITES.items():
         steps, score, *_, speed = cells_of(name)
         if steps or speed:
-            suite, score = re.search(r"(\w+)::", task.flags)[1], score.removesuffix(" ± 0.0")
+            suite = re.search(r"(\w+)::", task.flags)[1]
             rows.append([suite, task.label, steps, score, speed, f"`{task.command}`"])
     return (
         markdown(["suite", "task", "steps", "return", "steps/s", "command"], rows) if rows else ""
@@ -385,7 +391,11 @@ def facts_of(script: str, claims: list[str]) -> set[str]:
         score = f"{score} after {steps_of(name)}" if score else ""
         if task.script != script or score not in ["", *claims]:
             continue
-        facts |= {score, f"{len(scores_of(name))} seeds", f"{run_seconds_of(name) or 0:.0f} s"}
+        facts |= {
+            score,
+            counted(len(scores_of(name)), "seed"),
+            f"{run_seconds_of(name) or 0:.0f} s",
+        }
         facts |= {f"{speed} steps/s", f"{speed / 1000:g} thousand steps/s"}
         launch = f"{median(launches):.0f} s after the launch" if launches else ""
         facts |= {launch, f"{len(launches)} seeds"} if launch in claims else set()
