@@ -32,8 +32,8 @@ DOCS = Path(__file__).parent
 ROOT, SITE = DOCS.parent, DOCS / "site"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
-from tasks import SCRIPTS, TASKS
-from without import CHANGES, Change, unchanged
+from tasks import CONTROL, MEMORY, RESULTS, SCRIPTS, TASKS
+from without import CHANGES, POINTS, Change, unchanged
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
 PARENTS = {  # script: the one that it is written as a change to
@@ -118,6 +118,7 @@ def fail(message: str):
 def prose(text: str) -> str:
     """Markdown with $formulas$ -> HTML."""
     formulas = []
+    wide = '<div class="wide" tabindex="0" role="region" aria-label="Table">'
 
     def keep(match):
         block = match[1] is not None
@@ -125,7 +126,8 @@ def prose(text: str) -> str:
         return f"@formula{len(formulas) - 1}@"
 
     text = re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", keep, text, flags=re.DOTALL)
-    rendered = MarkdownIt("commonmark").enable("table").render(text)
+    rendered = scrollable(MarkdownIt("commonmark").enable("table").render(text), "Example")
+    rendered = rendered.replace("<table>", f"{wide}<table>").replace("</table>", "</table></div>")
     return re.sub(r"@formula(\d+)@", lambda match: formulas[int(match[1])], rendered)
 
 
@@ -162,6 +164,8 @@ def style() -> str:
 
 
 def page(title: str, body: str, links: str) -> str:
+    paper = r'<a href="https://arxiv.org/abs/\1">\g<0></a>'
+    body = re.sub(r"arXiv:(\d{4}\.\d{4,5})", paper, body)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -211,7 +215,7 @@ def learning(curves: list[tuple[str, list[dict]]]) -> str:
     for kind, points in curves:
         path = " ".join(f"{LEFT + (RIGHT - LEFT) * step / right:.0f},{y(x)}" for step, x in points)
         drawn += f'<polyline class="{kind}" points="{path}"/>'
-    steps = f"{right / 1e6:.2g}M" if right >= 1e6 else f"{right / 1e3:.0f}k"
+    steps = f"{right / 1e6:.2g}M" if right > 950_000 else f"{right / 1e3:.0f}k"
     drawn += f'<path d="M{LEFT},{BOTTOM}H{RIGHT}"/><text x="{RIGHT}" y="144" class="end">{steps} steps</text>'
     return f'{drawn}<text transform="translate(12 70) rotate(-90)" class="middle">return</text>'
 
@@ -263,7 +267,7 @@ def figure(without: list[dict], as_it_is: list[dict], what: str, lines: str, fla
     told = f"as it is: {number(mean(scores['with']))}, {what}: {number(mean(scores['without']))}"
     seeds = len({row["seed"] for row in without})
     run = f" Run with <code>{html.escape(flags)}</code>." if flags else ""
-    drawn = svg(learning(curves) + greedy(scores), 440, f"Training returns and scores, {told}")
+    drawn = svg(learning(curves) + greedy(scores), 450, f"Training returns and scores, {told}")
     return (
         f'<figure>{drawn}<figcaption><b class="with">As it is</b> (solid lines, full dots) and '
         f'<b class="without">{html.escape(what)}</b> (dashed, hollow): training returns and greedy scores '
@@ -275,17 +279,52 @@ def figure(without: list[dict], as_it_is: list[dict], what: str, lines: str, fla
 # --- Pages ----------------------------------------------------------------------------------------
 
 
-def results_of(script: str) -> str:
-    """Its rows of the README's table of results."""
-    own = {name: task for name, task in TASKS.items() if task.script == f"{script}.py"}
-    table = tables.results_table(own)
-    return prose(f"## Results\n\n{table}") if table.count("\n") > 1 else ""
-
-
-def difference_of(script: str) -> str:
-    """What its algorithm changes in its parent's, folded."""
-    if script not in PARENTS:
+def picture(name: str) -> str:
+    """How the seeds of a task learned; "" if that was not kept."""
+    seeds = {}
+    for row in tables.read(f"curves_{name}"):
+        if float(row["seed"]) in TASKS[name].seeds and row["return"] not in ("", "nan"):
+            seeds.setdefault(row["seed"], []).append(row)
+    if not seeds:
         return ""
+    thinned = [rows[:: -max(1, len(rows) // (2 * POINTS))][::-1] for rows in seeds.values()]
+    label = f"{TASKS[name].label}: training returns of {tables.counted(len(seeds), 'seed')}"
+    drawn = svg(learning([("with", rows) for rows in thinned]), 310, label)
+    return f"<figure>{drawn}<figcaption>{label}.</figcaption></figure>"
+
+
+def results_of(script: str) -> str:
+    """Its rows of the README's tables of results, how they were measured, its learning curves."""
+    own = {name: task for name, task in TASKS.items() if task.script == f"{script}.py"}
+    own = {name: task for name, task in own.items() if any(tables.cells_of(name))}
+    if not own:
+        return ""
+    kinds = [f"{kind}_{name}.csv" for name in own for kind in ("scores", "time_to_solve")]
+    rows = [row for row in tables.read("measured") if row["file"] in kinds]
+    machines = " or ".join(dict.fromkeys(row["machine"] for row in rows))
+    scored = " ".join(name for name, task in own.items() if task.seeds)
+    words = f"Measured on {machines} by `python benchmarks/run.py scores {scored}`."
+    if any(tables.launches_of(name) for name in own):
+        words += (
+            " A launch is timed (`run.py launches`) from typing the command, nothing compiled before, until"
+            " the last 100 training episodes average the target."
+        )
+    if any(tables.speed_of(name) for name in own):
+        words += (
+            " Steps/s (`run.py speed`) are those while training, without launch and compilation."
+        )
+    pictures = "".join(map(picture, own))
+    return (
+        f'<h2 id="section-results">Results</h2>{prose(tables.results_table(own))}'
+        f'{prose(words)}<div class="pictures">{pictures}</div>'
+    )
+
+
+@cache
+def difference_of(script: str) -> list[str]:
+    """The lines of a diff from its parent's algorithm; [] if it has no parent."""
+    if script not in PARENTS:
+        return []
     names = (PARENTS[script], script)
     both = [
         "\n\n\n".join(part.code for part in parts_of((ROOT / f"{name}.py").read_text()))
@@ -294,51 +333,96 @@ def difference_of(script: str) -> str:
     changes = difflib.unified_diff(
         *[x.splitlines() for x in both], *[f"{x}.py" for x in names], "", "", 2, ""
     )
-    text = code("\n".join(changes), f"What it changes in {names[0]}.py", DiffLexer())
-    return f"<details><summary>What it changes in {names[0]}.py</summary>{text}</details>"
+    return list(changes)
+
+
+def size_of_difference(script: str) -> str:
+    signs = [line[0] for line in difference_of(script)[2:]]
+    return f"{signs.count('+')} lines added, {signs.count('-')} removed"
+
+
+def header_of(text: str) -> str:
+    """The rest of a script's docstring, and its flags, folded."""
+    tree = ast.parse(text)
+    rest = ast.get_docstring(tree).partition("\n\n")[2]
+    args = next(node for node in tree.body if getattr(node, "name", "") == "Args")
+    flags = "\n".join(text.splitlines()[args.decorator_list[0].lineno - 1 : args.end_lineno])
+    return (
+        f'<h2 id="section-run">Papers, commands, results</h2>{linked(prose(rest))}'
+        f"<details><summary>Its flags</summary>{code(flags, 'Args')}</details>"
+    )
 
 
 def script_page(script: str) -> str:
     text = (ROOT / f"{script}.py").read_text()
-    parts = parts_of(text)
     words = commentary_of(script)
-    title = ast.get_docstring(ast.parse(text)).partition("\n\n")[0]
+    title = html.escape(ast.get_docstring(ast.parse(text)).partition("\n\n")[0])
     body = [
         f"<h1>{script}.py</h1>",
-        f"<p class=lead>{html.escape(title)}</p>",
+        f"<p class=lead>{title}</p>",
         linked(prose(words[""])),
+        header_of(text),
     ]
-    links, section = ['<a href="index.html">All scripts</a>'], ""
-    for part in parts:
+    links, section = ['<a href="index.html">All scripts</a>', '<a href="#section-run">Run</a>'], ""
+    for part in parts_of(text):
         if part.section != section:
             section = part.section
-            anchor = section.lower().replace(" ", "-")
+            anchor = f"section-{section.lower().replace(' ', '-')}"  # parts have the plain names
             body.append(f'<h2 id="{anchor}">{section}</h2>')
             links.append(f'<a href="#{anchor}">{section}</a>')
         body.append(
             f'<section class="part" id="{part.name}" aria-labelledby="{part.name}-name">'
             f'<div class="words"><h3 id="{part.name}-name"><a href="#{part.name}">{part.name}</a></h3>'
-            f"{linked(prose(words[part.name]), part.name)}{figures_of(script, part.name)}</div>{code(part.code, part.name)}</section>"
+            f"{linked(prose(words[part.name]), part.name)}{figures_of(script, part.name)}</div>"
+            f"{code(part.code, part.name)}</section>"
         )
+    if results := results_of(script):
+        body.append(results)
+        links.append('<a href="#section-results">Results</a>')
+    if changes := "\n".join(difference_of(script)):
+        what = f"What it changes in {PARENTS[script]}.py"
+        body.append(
+            f'<details id="section-changes"><summary>{what}: {size_of_difference(script)}</summary>'
+            f"{code(changes, what, DiffLexer())}</details>"
+        )
+        links.append('<a href="#section-changes">Changes</a>')
     total, algorithm = tables.lines_of(script)
-    body += [results_of(script), difference_of(script)]
+    whole = scrollable(f"<pre>{html.escape(text)}</pre>", f"{script}.py")
     body.append(
         f"<details><summary>The whole file: {total:,} lines, of which {algorithm} are the algorithm; "
-        f"the rest is the same in every script</summary><pre tabindex=0>{html.escape(text)}</pre></details>"
+        f"the rest is the same in every script</summary>{whole}</details>"
     )
-    return page(f"{script}.py: {html.escape(title)}", "\n".join(body), " ".join(links))
+    return page(f"{script}.py: {title}", "\n".join(body), " ".join(links))
 
 
-def index_page(scripts: list[str]) -> str:
-    rows = [
-        f'| <a href="{name}.html">{name}.py</a> | {what} |'
-        for name, what in SCRIPTS.items()
-        if name in scripts
-    ]
-    table = MarkdownIt("commonmark", {"html": True}).enable("table")
-    body = table.render("\n".join(["| script | what |", "|---|---|", *rows]))
+def card(script: str) -> str:
+    """A script on the index: what it is, its size, its first results and how it came to them."""
+    own = {name: task for name, task in (RESULTS | MEMORY).items() if task.script == f"{script}.py"}
+    own = [name for name in own if any(tables.cells_of(name)) and CONTROL not in TASKS[name].label]
+    rows = []
+    for name in own[:3]:
+        steps, score, *_, launch, speed = tables.cells_of(name)
+        rows.append([TASKS[name].label, steps, score, launch, speed])
+    heading = ["task", "steps", "mean ± std", "launch to target", "steps/s"]
+    used = [n for n in range(len(heading)) if any(row[n] for row in rows)]
+    table = tables.markdown([heading[n] for n in used], [[row[n] for n in used] for row in rows])
+    size = f"{tables.lines_of(script)[1]} lines of algorithm"
+    if script in PARENTS:
+        what = f"what it changes in {PARENTS[script]}.py"
+        changes = size_of_difference(script)
+        size += f'; <a href="{script}.html#section-changes">{what}</a>: {changes}'
+    return (
+        f'<section class="card" id="{script}" aria-labelledby="{script}-name"><div><h3 id="{script}-name">'
+        f'<a href="{script}.html">{script}.py</a></h3><p>{SCRIPTS[script]}</p><p class="size">{size}</p>'
+        f"</div><div>{prose(table) if rows else ''}</div>"
+        f"{next(filter(None, map(picture, own)), '')}</section>"
+    )
+
+
+def index_page() -> str:
     about = linked(prose((DOCS / "index.md").read_text()))
-    return page("unroll", f"{about}\n{body}", '<a href="index.html">All scripts</a>')
+    cards = "\n".join(map(card, SCRIPTS))
+    return page("unroll", f"{about}\n{cards}", '<a href="index.html">All scripts</a>')
 
 
 def main(scripts: list[str]) -> None:
@@ -348,7 +432,7 @@ def main(scripts: list[str]) -> None:
     SITE.mkdir(exist_ok=True)
     for name in scripts or SCRIPTS:
         (SITE / f"{name}.html").write_text(script_page(name))
-    (SITE / "index.html").write_text(index_page(list(SCRIPTS)))
+    (SITE / "index.html").write_text(index_page())
     print(f"{SITE}: {len(scripts or SCRIPTS)} pages and an index")
 
 

@@ -426,9 +426,12 @@ def test_a_page_speaks_of_every_part_of_its_script_and_is_light(script):
     assert len(page.encode()) < 300_000 and "<math" in page
     for part in build.parts_of((ROOT / f"{script}.py").read_text()):
         assert f'id="{part.name}"' in page
-    assert "http" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL).replace(
-        "http://www.w3.org/1998/Math/MathML", ""
-    )  # nothing is fetched
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    shown = re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\bsrc=|<link|<script|@import|url\(", shown)  # nothing is fetched
+    assert re.findall(r'href="(http[^"]+)/\d+\.\d+"', page)
+    assert set(re.findall(r'href="(http[^"]+)/\d+\.\d+"', page)) == {"https://arxiv.org/abs"}
 
 
 def test_commentary_on_what_is_not_there_and_a_part_without_any_are_refused(
@@ -510,10 +513,18 @@ def test_every_change_was_run_with_five_seeds_and_has_a_figure_with_the_changed_
 def test_every_script_has_a_page_and_the_index_leads_there(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SITE", tmp_path / "site")
     build.main([])
-    index = (tmp_path / "site/index.html").read_text()
-    for script in tasks.SCRIPTS:
-        assert f'href="{script}.html"' in index
-        assert (tmp_path / f"site/{script}.html").stat().st_size < 300_000
+    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
+    assert set(pages) == {"index.html", *[f"{script}.html" for script in tasks.SCRIPTS]}
+    places = {
+        name: [name, *[f"{name}#{x}" for x in re.findall(r'\bid="([^"]+)"', page)]]
+        for name, page in pages.items()
+    }
+    known = set(sum(places.values(), []))
+    for name, page in pages.items():
+        assert len(page.encode()) < 300_000 and len(places[name]) == len(set(places[name])), name
+        links = {x if x[0] != "#" else name + x for x in re.findall(r'href="([^"]+)"', page)}
+        assert {x for x in links if not x.startswith("https://arxiv.org/abs/")} <= known, name
+        assert name == "index.html" or f'href="{name}"' in pages["index.html"]
 
 
 @pytest.mark.thorough
