@@ -2,8 +2,8 @@
 as processes.
 
 Nothing is run here. results/measured.csv has a row for each file of results/: the command, the day,
-the machine and the versions (of the last command, where several wrote rows of a file).
-BENCHMARK_RESULTS in the environment names another folder.
+the machine and the versions (of the last command, where several wrote rows of a file, which is then
+noted). BENCHMARK_RESULTS in the environment names another folder.
 """
 
 import argparse
@@ -55,9 +55,14 @@ def write(name: str, rows: list[dict], *keys: str, peers: str = "") -> None:
     origin |= {"peers": peers, "noted": "when measured"}
     new = {key_of(row) for row in rows}
     with one_at_a_time():
-        rows = [row for row in read(name) if key_of(row) not in new] + rows
-        save(f"{name}.csv", sorted(rows, key=lambda row: [number(text) for text in key_of(row)]))
+        kept = [row for row in read(name) if key_of(row) not in new]
+        rows = sorted(kept + rows, key=lambda row: [number(text) for text in key_of(row)])
+        save(f"{name}.csv", rows)
         others = [row for row in read("measured") if row["file"] != origin["file"]]
+        before = [row for row in read("measured") if row["file"] == origin["file"]]
+        alone = all(row[x] == origin[x] for row in before for x in ("command", "noted"))
+        if kept and not alone:
+            origin["noted"] = "when measured, others wrote rows before"
         save("measured.csv", sorted([*others, origin], key=lambda row: row["file"]))
 
 

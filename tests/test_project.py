@@ -364,6 +364,20 @@ def test_a_part_for_an_accelerator_runs_goes_on_and_tells_what_failed(
     assert not capsys.readouterr().out  # all of it is known
 
 
+def test_the_origin_of_a_file_tells_that_several_commands_wrote_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: "")
+    noted = []
+    for task in ("a", "a", "b", "b"):  # a command writes row by row
+        monkeypatch.setattr(sys, "argv", ["without.py", task])
+        record.write("some", [{"run": len(noted)}], "run")
+        noted.append(record.read("measured")[0]["noted"])
+    alone, among = "when measured", "when measured, others wrote rows before"
+    assert noted == [alone, alone, among, among]
+    record.write("some", [{"run": 0}])
+    assert record.read("measured")[0]["noted"] == alone  # in place of all rows
+
+
 def test_every_benchmark_of_the_readme_parses():
     found = re.findall(r"python benchmarks/(\w+)\.py(.*?)[`\n]", README)
     assert {name for name, _ in found} == set(BENCHMARKS) - {"record", "tasks"}
