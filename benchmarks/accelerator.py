@@ -1,15 +1,18 @@
 """Our scripts on the accelerator that JAX finds (on the CPU too, to try it out).
 
-    python benchmarks/accelerator.py ppo_cartpole trxl     # parts, each of at most eight minutes
+    python benchmarks/accelerator.py ppo_cartpole trxl     # parts, each begun within eight minutes
     python benchmarks/accelerator.py all --minutes 4
     python benchmarks/accelerator.py craftax_learning      # goes on from its checkpoint each time
+    python benchmarks/accelerator.py craftax_learning_lstm
 
 Writes a row of results/accelerator.csv for each case: seconds to trace and compile, environment
-steps/s of all seeds in steady state, peak memory. Each case has a process of its own, so one that
-needs more memory than there is says "out of memory" and the next begins. --at-once compile side by
-side (by default half as many as there are cores, and each then has more seconds of compiling than
-alone); when all of them have, they are timed one after the other. Cases measured on this device are
-not run again; with --again they are. What is not begun in these minutes is for the next time.
+steps/s of all seeds in steady state, peak memory. Each case has a process of its own: one that needs
+more memory than there is, or more than five minutes to compile or two to be timed, says so, and the
+next begins. --at-once compile side by side (by default half as many as there are cores, and each
+then has more seconds of compiling than alone); when all of them have, they are timed one after the
+other. Cases measured on this device, or too large for it, are not run again; with --again they are.
+What is not begun in these minutes is for the next time. A slice of a long run ends with the minutes
+and writes its whole curve to results/craftax_learning.csv.
 """
 
 import argparse
@@ -27,7 +30,9 @@ from peers import our_script, our_training
 from record import ROOT, machine, metrics_of, read, show, without_xla_flags, write
 
 SECONDS = 3  # of training that are timed
-RUN = ROOT / "runs" / "craftax_learning"
+OUT_OF_MEMORY = "out of memory"
+LIMITS = {"compile": 300, "be timed": 120}  # seconds that a case may take
+RUNS, POINTS = ROOT / "runs", 100  # where the long runs are, and at most so many points of a curve
 PPO = {"num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
 SMALL = {"num_envs": 4} | PPO
 TRXL = {"num_envs": 512, "num_steps": 128, "memory_length": 128, "window_length": 64}
@@ -72,25 +77,41 @@ PARTS = {  # name: cases, each a script and the flags that are not its defaults
         for script in ("ppo_trxl", "ppo_gtrxl")
     ],
 }
-LEARNING = [  # the configuration that transformerXL_PPO_JAX publishes Craftax's scores with
-    "ppo_gtrxl.py",
-    *"--env-id craftax::Craftax-Symbolic-v1 --num-envs 1024 --num-steps 128 --num-minibatches 8".split(),
-    *"--update-epochs 4 --memory-length 128 --window-length 64 --embed-dim 256 --num-heads 8".split(),
-    *"--learning-rate 2e-4 --gamma 0.999 --gae-lambda 0.8 --ent-coef 0.002 --max-grad-norm 1".split(),
-    *"--reward-scale 1 --total-timesteps 1000000000 --checkpoint-every 20 --eval-episodes 0".split(),
-]
+CRAFTAX_MAXIMUM = 226  # all achievements, 25 x 1 + 18 x 3 + 15 x 5 + 9 x 8 (arXiv:2402.16801)
 
 
-def timed(script: str, fields: dict) -> dict:
+def learning(script: str, network: str) -> list[str]:
+    """The configuration that transformerXL_PPO_JAX publishes Craftax's scores with."""
+    return [
+        script,
+        *"--env-id craftax::Craftax-Symbolic-v1 --num-envs 1024 --num-steps 128".split(),
+        *f"--num-minibatches 8 --update-epochs 4 {network} --learning-rate 2e-4".split(),
+        *"--gamma 0.999 --gae-lambda 0.8 --ent-coef 0.002 --max-grad-norm 1 --reward-scale 1".split(),
+        *"--total-timesteps 1000000000 --checkpoint-every 20 --eval-episodes 0".split(),
+    ]
+
+
+LEARNING = {  # after 1e9 steps, of the maximum: published 18.3 %; modrax, with an LSTM, says 19.5 %
+    "craftax_learning": learning(
+        "ppo_gtrxl.py", "--memory-length 128 --window-length 64 --embed-dim 256 --num-heads 8"
+    ),
+    "craftax_learning_lstm": learning("ppo_lstm.py", "--hidden-size 512"),
+}
+
+
+def timed(script: str, fields: dict, limits: dict[str, int]) -> dict:
     """A case in this process: it compiles, waits for its turn, runs up to where it learns, then for some seconds."""
+    signal.alarm(limits["compile"])  # not handled, it ends the process, within XLA too
     import jax
 
     module, start = our_script(script), time.perf_counter()
     args = module.Args(**{"total_timesteps": 10**9} | fields)
     train, state = our_training(module, args, args.num_seeds)
     compiled = time.perf_counter()
+    signal.alarm(0)
     print("compiled", flush=True)
     input()
+    signal.alarm(limits["be timed"])
     unlearned = getattr(args, "learning_starts", 0) // (args.num_envs * args.num_steps)
     state = jax.block_until_ready(train(state, 1 + unlearned))
     begun = time.perf_counter()
@@ -113,7 +134,7 @@ def measure(cases: list[tuple[str, dict]]) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for number, (script, fields) in enumerate(cases):
-            command = [sys.executable, __file__, "case", script, json.dumps(fields)]
+            command = [sys.executable, __file__, "case", script, json.dumps([fields, LIMITS])]
             environment = without_xla_flags() | {"JAX_TRACEBACK_FILTERING": "off"}  # the error last
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with (Path(folder) / str(number)).open("w") as errors:
@@ -121,18 +142,23 @@ def measure(cases: list[tuple[str, dict]]) -> Iterator[dict]:
         ready = [process.stdout.readline() for process in processes]
         for number, process in enumerate(processes):
             answer, _ = process.communicate("go\n" if ready[number] else None)
+            errors = (Path(folder) / str(number)).read_text()
             if process.returncode == 0:
                 yield json.loads(answer.splitlines()[-1])
-                continue
-            errors = (Path(folder) / str(number)).read_text()
-            lines = errors.strip().splitlines() or [f"status {process.returncode}"]
-            memory = "RESOURCE_EXHAUSTED" in errors or "out of memory" in errors.lower()
-            yield {"note": "out of memory" if memory else lines[-1][:200]}
+            elif process.returncode == -signal.SIGALRM:
+                phase = "be timed" if ready[number] else "compile"
+                yield {"note": f"took longer than {LIMITS[phase]} s to {phase}"}
+            elif "RESOURCE_EXHAUSTED" in errors or OUT_OF_MEMORY in errors.lower():
+                yield {"note": OUT_OF_MEMORY}
+            else:
+                lines = errors.strip().splitlines() or [f"status {process.returncode}"]
+                yield {"note": lines[-1][:200]}
 
 
 def run_parts(names: list[str], until: float, again: bool, at_once: int) -> None:
     device = machine()
-    known = {(row["device"], row["script"], row["flags"]) for row in read("accelerator")}
+    final = [row for row in read("accelerator") if row["note"] in ("", OUT_OF_MEMORY)]
+    known = {(row["device"], row["script"], row["flags"]) for row in final}
     flags = lambda case: json.dumps(case[1], sort_keys=True)
     cases = [(name, *case) for name in names for case in PARTS[name]]
     cases = [x for x in cases if again or (device, x[1], flags(x[1:])) not in known]
@@ -151,27 +177,42 @@ def measured_of(row: dict) -> dict:
     return {x: row.get(x, "") for x in ("compile_seconds", "steps_per_second", "peak_gib", "note")}
 
 
-def craftax_learning(until: float) -> None:
-    """A slice of a run of 1e9 steps: from its checkpoint, if there is one, to the last minute."""
-    script, *flags = LEARNING
-    resumed = ["--resume", RUN] if (RUN / "config.json").exists() else [*flags, "--run-dir", RUN]
+def learn(name: str, until: float) -> None:
+    """A slice of a long run: from its checkpoint, if there is one, to the last minute."""
+    (script, *flags), run = LEARNING[name], RUNS / name
+    resumed = ["--resume", run] if (run / "config.json").exists() else [*flags, "--run-dir", run]
     process = subprocess.Popen([sys.executable, ROOT / script, *resumed], env=without_xla_flags())
     try:
         process.wait(max(1.0, until - time.time()))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it saves, and ends with status 130
         process.wait()
-    rows = metrics_of(RUN)
-    if rows:
-        last = {"step": rows[-1]["step"], "return": rows[-1]["charts/episodic_return"]}
-        row = {"device": machine(), "part": "craftax_learning", "script": script}
-        row |= {"flags": " ".join(flags), "steps_per_second": rows[-1]["charts/SPS"]}
-        write("accelerator", [row | {"note": json.dumps(last)}], "device", "script", "flags")
-        print(f"craftax_learning: {last}")
+    if process.returncode not in (0, 130):
+        sys.exit(f"{name}: {script} ended with status {process.returncode}, nothing is written")
+    origin = {"device": machine(), "part": name}
+    curve = curve_of(metrics_of(run))
+    if curve:
+        write("craftax_learning", [origin | point for point in curve], *origin)
+        last = {x: curve[-1][x] for x in ("step", "return", "percent")}
+        row = origin | {"script": script, "flags": " ".join(flags), "note": json.dumps(last)}
+        row |= {"steps_per_second": curve[-1]["steps_per_second"]}
+        write("accelerator", [row], "device", "script", "flags")
+        print(f"{name}: {last}")
+
+
+def curve_of(metrics: list[dict]) -> list[dict]:
+    """Every n-th row up to the last, at most POINTS; seconds are those of all slices."""
+    curve = []
+    for row in metrics[:: -(1 + len(metrics) // POINTS)][::-1]:
+        value = float(row["charts/episodic_return"])
+        point = {"step": int(row["step"]), "return": round(value, 3)}
+        point |= {"percent": round(100 * value / CRAFTAX_MAXIMUM, 2), "seconds": row["seconds"]}
+        curve.append(point | {"steps_per_second": row["charts/SPS"]})
+    return curve
 
 
 def parse(words: list[str]):
-    formatter, known = argparse.RawDescriptionHelpFormatter, [*PARTS, "craftax_learning"]
+    formatter, known = argparse.RawDescriptionHelpFormatter, [*PARTS, *LEARNING]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "parts", nargs="+", choices=["all", *known], metavar="PART", help=str(known)
@@ -187,8 +228,8 @@ def parse(words: list[str]):
 
 def files(words: list[str]) -> set[str]:
     """The raw files that a command line writes."""
-    parse(words)
-    return {"accelerator.csv"}
+    learns = set(parse(words).parts) & set(LEARNING)
+    return {"accelerator.csv"} | ({"craftax_learning.csv"} if learns else set())
 
 
 def main(words: list[str]) -> None:
@@ -196,14 +237,15 @@ def main(words: list[str]) -> None:
     parts = [part for part in args.parts if part in PARTS]
     until = time.time() + 60 * args.minutes * len(parts)
     run_parts(parts, until, args.again, args.at_once)
-    if "craftax_learning" in args.parts:
-        craftax_learning(time.time() + 60 * args.minutes)
+    for name in args.parts:
+        if name in LEARNING:
+            learn(name, time.time() + 60 * args.minutes)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["case"]:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others wait beside it
-        print(json.dumps(timed(sys.argv[2], json.loads(sys.argv[3]))))
+        print(json.dumps(timed(sys.argv[2], *json.loads(sys.argv[3]))))
     else:
         main(sys.argv[1:])

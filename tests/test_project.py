@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -333,9 +334,27 @@ def test_the_flags_of_every_case_for_an_accelerator_are_flags(part):
         module.check_args(module.Args(**{"total_timesteps": 10**9} | fields))
 
 
-def test_the_flags_of_the_long_run_parse():
-    script, *flags = ACCELERATOR.LEARNING
-    tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+@pytest.mark.parametrize("name", ACCELERATOR.LEARNING)
+def test_the_flags_of_a_long_run_are_flags(name):
+    script, *flags = ACCELERATOR.LEARNING[name]
+    module = importlib.import_module(Path(script).stem)
+    module.check_args(tyro.cli(module.Args, args=flags))
+    assert ACCELERATOR.files([name]) == {"accelerator.csv", "craftax_learning.csv"}
+
+
+def test_the_maximum_of_craftax_is_that_of_its_achievements():
+    from craftax.craftax.constants import ACHIEVEMENT_REWARD_MAP
+
+    assert int(ACHIEVEMENT_REWARD_MAP.sum()) == ACCELERATOR.CRAFTAX_MAXIMUM
+
+
+@pytest.mark.parametrize("rows, points", [(0, 0), (1, 1), (99, 99), (250, 84), (7629, 100)])
+def test_a_curve_has_at_most_a_hundred_points_and_the_last(rows, points):
+    row = lambda step: {"step": step, "seconds": "1", "charts/episodic_return": "22.6"}
+    metrics = [row(str(step)) | {"charts/SPS": "9"} for step in range(rows)]
+    curve = ACCELERATOR.curve_of(metrics)
+    assert len(curve) == points and curve == sorted(curve, key=lambda point: point["step"])
+    assert not rows or (curve[-1]["step"], curve[-1]["percent"]) == (rows - 1, 10)
 
 
 @pytest.mark.thorough
@@ -359,9 +378,77 @@ def test_a_part_for_an_accelerator_runs_goes_on_and_tells_what_failed(
         if row == failed:
             continue
         assert int(row["steps_per_second"]) > 100 and float(row["compile_seconds"]) > 0
-    capsys.readouterr()
-    main()
-    assert not capsys.readouterr().out  # all of it is known
+
+
+def test_of_a_part_only_what_failed_is_tried_again(tmp_path, monkeypatch):
+    """What was measured is known, and what is too large for the device."""
+    notes = {1: "", 2: "out of memory", 3: "took longer than 1 s to compile", 4: "KeyError: 'x'"}
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: "this one")
+    monkeypatch.setattr(ACCELERATOR, "machine", record.machine)
+    cases, tried = [("ppo", {"num_envs": number}) for number in notes], []
+    monkeypatch.setattr(ACCELERATOR, "PARTS", {"tiny": cases})
+
+    def measure(cases):
+        for _, fields in cases:
+            tried.append(fields["num_envs"])
+            yield {"note": notes[fields["num_envs"]]}
+
+    monkeypatch.setattr(ACCELERATOR, "measure", measure)
+    for words in ([], [], ["--again"]):
+        ACCELERATOR.main(["tiny", *words])
+    assert tried == [1, 2, 3, 4] + [3, 4] + [1, 2, 3, 4]
+    assert len(record.read("accelerator")) == 4
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("phase", ACCELERATOR.LIMITS)
+def test_a_case_for_an_accelerator_that_takes_too_long_is_ended(phase, monkeypatch):
+    monkeypatch.setitem(ACCELERATOR.LIMITS, phase, 1)
+    wide = {"env_id": "gymnax::CartPole-v1", "num_envs": 256, "total_timesteps": 10**6}
+    (row,) = ACCELERATOR.measure([("ppo", wide)])
+    assert row == {"note": f"took longer than 1 s to {phase}"}
+
+
+@pytest.mark.thorough
+def test_a_long_run_goes_on_in_slices(tmp_path, monkeypatch):
+    """On the CPU, with a tiny run. A slice's last minute comes when there are two new rows."""
+    flags = "--env-id gymnax::CartPole-v1 --num-envs 4 --total-timesteps 1000000000".split()
+    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": ["ppo.py", *flags]})
+    monkeypatch.setattr(ACCELERATOR, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    run, wait = tmp_path / "runs/tiny", subprocess.Popen.wait
+
+    def wait_for_rows(process, timeout=None):
+        known = len(record.metrics_of(run))
+        while timeout and process.poll() is None:
+            time.sleep(0.05)
+            if len(record.metrics_of(run)) >= known + 2:
+                raise subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_rows)
+    steps = [[]]
+    for _ in range(2):
+        ACCELERATOR.main(["tiny"])
+        steps.append([int(row["step"]) for row in record.read("craftax_learning")])
+        assert steps[-1][: len(steps[-2])] == steps[-2] and len(steps[-1]) >= len(steps[-2]) + 2
+        (row,) = record.read("accelerator")
+        assert json.loads(row["note"])["step"] == steps[-1][-1] and row["part"] == "tiny"
+    assert steps[-1] == sorted(set(steps[-1]))
+
+
+def test_a_slice_of_a_long_run_that_crashes_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": ["ppo.py"]})
+    monkeypatch.setattr(ACCELERATOR, "RUNS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    run = tmp_path / "tiny"
+    run.mkdir()
+    (run / "config.json").write_text('{"args": {"num_envs": 0}}')
+    (run / "metrics.csv").write_text("step,seconds,charts/SPS,charts/episodic_return\n1,1,1,1\n")
+    with pytest.raises(SystemExit, match="tiny: ppo.py ended with status [12],"):  # exit status 1
+        ACCELERATOR.main(["tiny"])
+    assert not list(tmp_path.glob("*.csv"))
 
 
 def test_the_origin_of_a_file_tells_that_several_commands_wrote_its_rows(tmp_path, monkeypatch):
