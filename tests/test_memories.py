@@ -583,25 +583,89 @@ def test_shm_without_calibration_is_linear_attention():
     assert (age == STEPS).all()
 
 
+def test_a_step_of_the_dnc_is_the_paper_s():
+    """From a state of random numbers, in float64 and plain loops; the free list is sorted."""
+    N, W, R, B = 5, 3, 2, 3
+    module = make("dnc", slots=N, width=W, readers=R)
+    keys, x = iter(jax.random.split(jax.random.key(4), 9)), inputs()[0][0, :B]
+    state = jax.tree.map(
+        lambda leaf: jax.random.uniform(next(keys), leaf.shape), module.initial_memory(B)
+    )
+    thin = lambda weights: 0.9 * weights / weights.sum(-1, keepdims=True)
+    state = state._replace(  # weights are at most 1 in sum, and nothing was written after itself
+        slots=2.0 * state.slots - 1.0,
+        link=state.link * (1 - jnp.eye(N)) / N,
+        precedence=thin(state.precedence),
+        read_weights=thin(state.read_weights),
+        write_weights=thin(state.write_weights),
+    )
+    after, y = module.step(state, x, jnp.zeros(B, bool))
+    a = lambda x: np.asarray(x, np.float64)
+    linear = lambda layer, *x: np.concatenate(x) @ a(layer.kernel[...]) + a(layer.bias[...])
+    sigmoid, softmax = lambda x: 1 / (1 + np.exp(-x)), lambda x: np.exp(x) / np.exp(x).sum()
+
+    def content(M, key, strength):
+        cosine = [m @ key / np.sqrt((m @ m + 1e-6) * (key @ key + 1e-6)) for m in M]
+        return softmax((1 + np.log1p(np.exp(strength))) * np.array(cosine))
+
+    for b in range(B):
+        M, u, L, p, w_r, w, reads, h, c = [a(leaf[b]) for leaf in state]
+        i, f, g, o = np.split(linear(module.lstm, a(x[b]), reads, h), 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        sizes = np.cumsum([R * W, R, 3 * R, R, W, 1, W, W, 1])
+        k_r, s_r, modes, free, k_w, s_w, erase, v, g_w, g_a = np.split(
+            linear(module.interface, h), sizes
+        )
+        psi = np.prod([1 - sigmoid(free[r]) * w_r[r] for r in range(R)], axis=0)
+        u = (u + w - u * w) * psi
+        allocation, used = np.zeros(N), 1.0
+        for slot in np.argsort(u):
+            allocation[slot], used = (1 - u[slot]) * used, used * u[slot]
+        found, (g_a,), (g_w,) = content(M, k_w, s_w[0]), sigmoid(g_a), sigmoid(g_w)
+        w = g_w * (g_a * allocation + (1 - g_a) * found)
+        M = M * (1 - np.outer(w, sigmoid(erase))) + np.outer(w, v)
+        for one in range(N):
+            for two in range(N):
+                L[one, two] = (1 - w[one] - w[two]) * L[one, two] + w[one] * p[two]
+        np.fill_diagonal(L, 0.0)
+        p = (1 - w.sum()) * p + w
+        for r in range(R):
+            backward, forward, by_key = softmax(modes[3 * r : 3 * r + 3])
+            read = content(M, k_r[W * r : W * r + W], s_r[r])
+            w_r[r] = backward * L.T @ w_r[r] + forward * L @ w_r[r] + by_key * read
+        reads = (w_r @ M).ravel()
+        expected = M, u, L, p, w_r, w, reads, h, c
+        for field, ours, theirs in zip(state._fields, after, expected, strict=True):
+            np.testing.assert_allclose(ours[b], theirs, atol=2e-5, err_msg=field)
+        assert_close(y[b], linear(module.output, h, reads), atol=2e-5)
+
+
 @pytest.mark.thorough
 def test_the_dnc_follows_what_was_written_after_and_before():
-    """Each slot is written once: forward from the first is the second, as is backward from the third."""
-    module = runpy.run_path(str(ROOT / "memories" / "dnc.py"))
-    allocate, usage = module["allocate"], jnp.zeros((1, 4))
-    link, precedence, order = np.zeros((4, 4)), np.zeros(4), []
-    for _ in range(4):
-        w = np.asarray(allocate(usage)[0])
-        order.append(int(w.argmax()))
-        assert w.max() > 0.999
-        usage = usage + w - usage * w
-        link = (1 - w[:, None] - w) * link + w[:, None] * precedence
-        precedence = (1 - w.sum()) * precedence + w
-    first, second, third, _ = np.eye(4)[order]
-    assert sorted(order) == [0, 1, 2, 3]
-    np.testing.assert_allclose(link @ first, second, atol=2e-3)
-    np.testing.assert_allclose(link.T @ third, second, atol=2e-3)
-    content = module["content"](jnp.eye(4)[None], jnp.eye(4)[None, 2:3], jnp.array([[60.0]]))
-    np.testing.assert_allclose(content[0, 0], np.eye(4)[2], atol=1e-6)
+    """Told what to do by its biases: four steps write the unit vectors, each to a slot not yet in use; then
+    one reader finds the first and one the third, and forward from the first, as backward from the third, is
+    the second.
+    """
+    module = MEMORIES["dnc"](SIZE, nnx.Rngs(0), slots=4, width=4, readers=2)
+    module.interface.kernel[...] = jnp.zeros_like(module.interface.kernel[...])
+    state, x, no = module.initial_memory(1), jnp.zeros((1, SIZE)), jnp.zeros(1, bool)
+    values, backward, forward, by_key = jnp.eye(4), [50, 0, 0], [0, 50, 0], [0, 0, 50]
+
+    def step(state, value, modes, write):
+        keys, strengths = [*values[0], *values[2]], [60, 60]
+        free, key, strength, erase, gates = [-50, -50], [0] * 4, [0], [50] * 4, [write, 50]
+        told = [*keys, *strengths, *modes, *free, *key, *strength, *erase, *value, *gates]
+        module.interface.bias[...] = jnp.array(told, jnp.float32)
+        return module.step(state, x, no)[0]
+
+    for value in values:
+        state = step(state, value, by_key * 2, write=50)
+    assert_close(state.slots.sum(axis=1), jnp.ones((1, 4)), atol=1e-3)
+    state = step(state, values[0], by_key * 2, write=-50)
+    assert_close(state.reads.reshape(2, 4), values[jnp.array([0, 2])], atol=1e-3)
+    state = step(state, values[0], forward + backward, write=-50)
+    assert_close(state.reads.reshape(2, 4), values[jnp.array([1, 1])], atol=1e-2)
 
 
 @pytest.mark.thorough
