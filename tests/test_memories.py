@@ -1,8 +1,10 @@
 """Every file of memories/ keeps the protocol: what is unrolled is what is stepped, an episode knows nothing
 of the one before, and nothing grows without bound. A new file is covered by being there."""
 
+import csv
 import dataclasses
 import functools
+import inspect
 import json
 import runpy
 import shutil
@@ -16,6 +18,7 @@ from flax import nnx
 from probes import NUM_ENVS, act_from, learn, probe, quick, real_env, small_args
 
 import ppo_gtrxl
+import ppo_lstm
 import rppo
 
 NAMES = sorted(path.stem for path in (ROOT / "memories").glob("*.py"))
@@ -121,25 +124,38 @@ def test_structure_and_types_stay_what_they_were(name):
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_environments_do_not_mix(name):
-    module, (x, reset) = make(name), inputs()
+    module = make(name)
     chosen = jnp.array([3, 0])
     memory = jax.tree.map(lambda leaf: leaf[chosen], used(name))
-    some = unroll(module, memory, x[:, chosen], reset[:, chosen])[1]
-    assert_close(some, unroll(module, used(name), x, reset)[1][:, chosen])
+    one, other = memory, used(name)
+    for seed in (0, 5):  # and what those memories answer next
+        x, reset = inputs(seed)
+        one, some = unroll(module, one, x[:, chosen], reset[:, chosen])
+        other, y = unroll(module, other, x, reset)
+        assert_close(some, y[:, chosen])
+
+
+def apart(memory):
+    """-> the leaves that have a gradient, and together(them) -> memory."""
+    leaves, structure = jax.tree.flatten(memory)
+    real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def together(some):
+        some = iter(some)
+        whole = [next(some) if r else leaf for r, leaf in zip(real, leaves, strict=True)]
+        return jax.tree.unflatten(structure, whole)
+
+    return [leaf for r, leaf in zip(real, leaves, strict=True) if r], together
 
 
 def gradients(module, memory, x, reset):
     """Of what an unroll answers and leaves behind, by its parameters, what came before, and x."""
-    leaves, structure = jax.tree.flatten(memory)
-    real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    some, together = apart(memory)
 
     def loss(module, some, x):
-        some = iter(some)
-        begin = [next(some) if r else leaf for r, leaf in zip(real, leaves, strict=True)]
-        end, y = module.unroll(jax.tree.unflatten(structure, begin), x, reset)
+        end, y = module.unroll(together(some), x, reset)
         return (y**2).sum() + sum((jnp.abs(leaf) ** 2).sum() for leaf in jax.tree.leaves(end))
 
-    some = [leaf for r, leaf in zip(real, leaves, strict=True) if r]
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(module, some, x)
 
 
@@ -183,21 +199,21 @@ def test_an_episode_knows_nothing_of_the_one_before_nor_of_the_future(name):
     """In values and in gradients, which are exactly 0: also of the memory with which all began."""
     module, (x, reset) = make(name), inputs()
     reset = jnp.zeros_like(reset).at[10].set(True)
+    floats, together = apart(used(name))
 
-    def after(x, floats, start, end):
-        memory = jax.tree.unflatten(structure, [*floats])
-        return (unroll(module, memory, x, reset)[1][start:end] ** 2).sum()
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def of(x, floats, asked):
+        y = module.unroll(together(floats), x, reset)[1]
+        return jnp.where(asked[:, None, None], y**2, 0.0).sum()
 
-    leaves, structure = jax.tree.flatten(used(name))
-    complex_or_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    if all(complex_or_float):
-        grad_x, grad_memory = jax.grad(after, argnums=(0, 1))(x, leaves, 10, STEPS)
-        assert all(jnp.all(leaf == 0) for leaf in grad_memory)
-    else:
-        grad_x = jax.grad(after)(x, leaves, 10, STEPS)
+    steps = jnp.arange(STEPS)
+    grad_x, grad_memory = of(x, floats, steps >= 10)
+    assert all(jnp.all(leaf == 0) for leaf in grad_memory)
     assert jnp.all(grad_x[:10] == 0) and jnp.abs(grad_x[10:]).max() > 0
-    grad_x = jax.grad(after)(x, leaves, 0, 10)
-    assert jnp.all(grad_x[10:] == 0) and jnp.abs(grad_x[:10]).max() > 0
+    for end in (10, 17):  # also of the future of its own episode
+        grad_x, _ = of(x, floats, steps < end)
+        assert jnp.all(grad_x[end:] == 0) and jnp.abs(grad_x[:end]).max() > 0
     fresh = unroll(module, module.initial_memory(BATCH), x[10:], reset[10:] & False)[1]
     assert_close(unroll(module, used(name), x, reset)[1][10:], fresh)
 
@@ -221,12 +237,20 @@ def test_ten_thousand_steps_of_large_inputs_stay_finite(name):
     module = MEMORIES[name](SIZE, nnx.Rngs(0), **SMALL.get(name, {}))
     x = 100.0 * jax.random.uniform(jax.random.key(0), (10_000, 2, SIZE), minval=-1.0)
     x = x.at[2_000:2_300].set(100.0)
-    x = x.at[3_000:6_000].set(
-        x[0]
-    )  # the same again and again, which one fixed factor would blow up
-    acting, y = step_all(module, module.initial_memory(2), x, jnp.zeros((10_000, 2), bool))
-    assert jnp.isfinite(y).all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(acting))
+    # The same again and again, which one fixed factor would blow up.
+    x = x.at[3_000:6_000].set(x[0])
+    never = jnp.zeros((500, 2), bool)
+
+    @jax.jit
+    def in_windows(module):
+        window = lambda memory, x: module.unroll(memory, x, never)
+        return jax.lax.scan(window, module.initial_memory(2), x.reshape(20, 500, 2, SIZE))
+
+    finite = lambda tree: all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    assert finite(step_all(module, module.initial_memory(2), x, jnp.zeros((10_000, 2), bool)))
+    for kwargs in [{"parallel": True}, {"parallel": False}] if name in LINEAR else [{}]:
+        arguments = SMALL.get(name, {}) | kwargs
+        assert finite(in_windows(MEMORIES[name](SIZE, nnx.Rngs(0), **arguments)))
 
 
 @pytest.mark.thorough
@@ -245,13 +269,43 @@ def test_gradients_are_finite(name, resets):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", NAMES)
-def test_a_width_of_one_works(name):
-    heads = {"heads": 1} if name in ("slstm", "mlstm", "gpt2", "gtrxl", "xlstm") else {}
-    module, (x, reset) = make(name, size=1, **heads), inputs(size=1)
-    y = unroll(module, module.initial_memory(BATCH), x, reset)[1]
+@pytest.mark.parametrize("resets", ["at each step", "never"])
+@pytest.mark.parametrize(("name", "kwargs"), [("mlstm", {}), ("xlstm", {"blocks": "mm"})])
+def test_gradients_are_finite_where_hardly_anything_was_taken_in(name, kwargs, resets):
+    """i~ = -110: exp(-m) is more than float32 holds, and its gradient 0 times infinity."""
+    module, (x, reset) = MEMORIES[name](SIZE, nnx.Rngs(0), **kwargs), inputs()
+    for cell in module.blocks if name == "xlstm" else [module]:
+        cell.gates.bias[...] = cell.gates.bias[...].at[: cell.heads].set(-110.0)
+    reset = jnp.full_like(reset, resets == "at each step")
+    grads = gradients(module, module.initial_memory(BATCH), x, reset)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.thorough
+def test_an_s5_whose_eigenvalues_were_learned_to_grow_does_not():
+    module = MEMORIES["s5"](SIZE, nnx.Rngs(0), states=8)
+    for layer in module.layers:
+        layer.eigenvalues[...] = layer.eigenvalues[...].at[0].set(0.5)
+    x, reset = inputs(steps=10_000, batch=1)
+    assert jnp.isfinite(unroll(module, module.initial_memory(1), x, reset & False)[1]).all()
+
+
+def sizes_of(name):
+    """Width, batch and arguments of the smallest: a width of one, one head, one environment."""
+    heads = "heads" in inspect.signature(MEMORIES[name]).parameters
+    return [(1, BATCH, {"heads": 1} if heads else {}), (SIZE, 1, {})] + heads * [
+        (SIZE, BATCH, {"heads": 1})
+    ]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "sizes"), [(name, x) for name in NAMES for x in sizes_of(name)])
+def test_one_is_enough(name, sizes):
+    size, batch, kwargs = sizes
+    module, (x, reset) = make(name, size=size, **kwargs), inputs(batch=batch, size=size)
+    y = unroll(module, module.initial_memory(batch), x, reset)[1]
     assert jnp.isfinite(y).all()
-    assert_close(y, step_all(module, module.initial_memory(BATCH), x, reset)[1])
+    assert_close(y, step_all(module, module.initial_memory(batch), x, reset)[1])
 
 
 # --- In rppo.py -----------------------------------------------------------------------------------
@@ -319,20 +373,47 @@ def test_each_memory_learns_what_needs_one_and_the_control_does_not(name):
 def test_a_run_with_any_memory_resumes_exactly_and_can_be_played(name, tmp_path, monkeypatch):
     config = small_args("rppo", 4, env_id="gymnax::CartPole-v1", **flags(name), checkpoint_every=2)
     config = dataclasses.replace(config, run_dir=tmp_path / "run", eval_episodes=3)
+    saved, save = [], rppo.save_checkpoint
+
+    def noted(run_dir, state):
+        clear = lambda x: (
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+        saved.append([np.asarray(clear(x)) for x in jax.tree.leaves(state)])
+        save(run_dir, state)
+
+    def results():
+        """All of metrics.csv but the clock."""
+        with (tmp_path / "run" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "charts/SPS")} for row in rows
+        ]
+
+    monkeypatch.setattr(rppo, "save_checkpoint", noted)
     rppo.main(config)
-    read = lambda: [line.split(",")[5:] for line in (tmp_path / "run/metrics.csv").open()]
-    whole = read()
+    whole = results()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     rppo.main(dataclasses.replace(config, resume=tmp_path / "run", run_dir=None))
-    assert read() == whole and len(whole) > 2
+    assert results() == whole and len(whole) > 1
+    once, again = saved[1], saved[-1]
+    assert len(once) > 10 and all(map(np.array_equal, once, again))
 
 
 # --- Each against what it is known to be ----------------------------------------------------------
 
 
-def test_the_gru_of_the_script_is_that_of_the_file():
+@pytest.mark.parametrize(
+    ("own", "name", "kwargs"),
+    [
+        (rppo.GRU, "gru", {}),
+        (ppo_lstm.LSTM, "lstm", {}),
+        (ppo_lstm.LSTM, "lstm", {"chrono_length": 20}),
+    ],
+)
+def test_the_cell_of_a_script_is_that_of_the_file(own, name, kwargs):
     x, reset = inputs()
-    ours, file = rppo.GRU(SIZE, nnx.Rngs(3)), MEMORIES["gru"](SIZE, nnx.Rngs(3))
+    ours, file = [make(SIZE, nnx.Rngs(3), **kwargs) for make in (own, MEMORIES[name])]
     one, other = [unroll(m, m.initial_memory(BATCH), x, reset)[1] for m in (ours, file)]
     np.testing.assert_array_equal(one, other)
 
@@ -354,6 +435,15 @@ def test_the_gru_is_flax_s():
         expected.append(h)
     y = unroll(module, module.initial_memory(BATCH), x, reset & False)[1]
     assert_close(y, jnp.stack(expected))
+
+
+def test_a_gru_with_a_closed_gate_keeps_what_it_knows():
+    """z = 1: h' = (1 - z) n + z h = h."""
+    module, (x, reset) = MEMORIES["gru"](SIZE, nnx.Rngs(0)), inputs()
+    module.inputs.bias[...] = module.inputs.bias[...].at[SIZE : 2 * SIZE].set(50.0)
+    h = jax.random.normal(jax.random.key(1), (BATCH, SIZE))
+    y = unroll(module, h, x, reset & False)[1]
+    assert_close(y, jnp.broadcast_to(h, y.shape), atol=1e-5)
 
 
 @pytest.mark.thorough
@@ -388,7 +478,8 @@ def test_the_slstm_with_open_gates_keeps_a_running_mean():
         assert_close(memory[-1], jnp.tanh(z[: n + 1]).mean(axis=0), atol=1e-5)
     # A first input that is hardly taken in counts all the same: there is nothing else.
     shy = gates[0].at[:, :SIZE].set(-110.0)
-    assert_close(module.cell(module.initial_memory(BATCH), shy, no)[-1], jnp.tanh(z[0]), atol=1e-5)
+    for before, reset in ((module.initial_memory(BATCH), no), (memory, ~no)):
+        assert_close(module.cell(before, shy, reset)[-1], jnp.tanh(z[0]), atol=1e-5)
 
 
 def test_the_mlstm_is_its_recurrence_step_by_step():
@@ -414,6 +505,28 @@ def test_the_mlstm_is_its_recurrence_step_by_step():
                 np.testing.assert_allclose(
                     y[t, b, 2 * h : 2 * h + 2], gate * read * scale, atol=2e-3
                 )
+
+
+def test_an_mlstm_recalls_by_its_keys_what_it_was_shown():
+    """f = 1, i~ = 0 and a unit vector as key of each item: C holds the values themselves, times one factor,
+    and a query alone reads its value. Inputs are [key, query, value].
+    """
+    module, eye = MEMORIES["mlstm"](12, nnx.Rngs(0), heads=1), jnp.eye(4)
+    kernel = jnp.zeros((12, 36)).at[4:8, :4].set(eye)  # q
+    kernel = kernel.at[:4, 12:16].set(eye).at[8:, 24:28].set(eye)  # k, v
+    module.query_key_value.kernel[...] = kernel
+    module.gates.bias[...] = jnp.array([0.0, 50.0])
+    module.output_gate.kernel[...] = jnp.zeros((12, 12))
+    values = jax.random.normal(jax.random.key(0), (4, 4))
+    zeros, order = jnp.zeros((4, 4)), jnp.array([2, 0, 3, 1])
+    shown = jnp.concatenate([eye, zeros, values], axis=1)
+    asked = jnp.concatenate([zeros, eye[order], zeros], axis=1)
+    x = jnp.concatenate([shown, asked])[:, None]
+    (C, *_), y = unroll(module, module.initial_memory(1), x, jnp.zeros((8, 1), bool))
+    assert_close(C[0, 0, :4, :4], values / 12**0.5, atol=1e-5)
+    values = jnp.pad(values, [(0, 0), (0, 8)])
+    normed = (values - values.mean(-1, keepdims=True)) / values.std(-1, keepdims=True)
+    assert_close(y[4:, 0], 0.5 * normed[order], atol=1e-3)
 
 
 def test_an_xlstm_s_mlstm_block_is_its_equations():
@@ -564,6 +677,35 @@ def test_ffm_s_traces_are_powers_of_gamma():
     gamma = -np.exp(module.log_alpha[...])[:, None] + 1j * np.exp(module.log_omega[...])
     expected = sum(np.exp(gamma * (STEPS - 1 - t)) * z[t][..., None] for t in range(STEPS))
     assert_close(S, expected, atol=1e-4)
+
+
+@pytest.mark.thorough
+def test_the_shm_is_its_recurrence_step_by_step():
+    """In float64 and plain loops; begun where its random rows are about to repeat."""
+    file = runpy.run_path(str(ROOT / "memories" / "shm.py"))
+    module, (x, reset), m, draws = make("shm"), inputs(), 5, file["DRAWS"]
+    memory = jnp.zeros((BATCH, m, m)), jnp.full(BATCH, draws - 3)
+    (last, number), y = unroll(module, memory, x, reset)
+    a, rows = lambda x: np.asarray(x, np.float64), len(module.theta[...])
+    drawn = np.asarray(jax.random.randint(jax.random.key(0), (draws,), 0, rows))
+    assert len(np.unique(drawn)) == rows  # all of them are drawn
+    linear = lambda layer, x: x @ a(layer.kernel[...]) + a(layer.bias[...])
+    for b in range(BATCH):
+        M, seen = np.zeros((m, m)), draws - 3
+        for t in range(STEPS):
+            if reset[t, b]:
+                M, seen = np.zeros((m, m)), 0
+            u = a(x[t, b])
+            u = (u - u.mean()) / np.sqrt(u.var() + 1e-6)
+            K, Q, V, v_c, eta = np.split(linear(module.inputs, u), [m, 2 * m, 3 * m, 4 * m])
+            K, Q = [np.maximum(z, 0) / (1e-5 + np.maximum(z, 0).sum()) for z in (K, Q)]
+            factors = 1 + np.tanh(np.outer(a(module.theta[...])[drawn[seen % draws]], v_c))
+            M = M * factors + np.outer(V / (1 + np.exp(-eta)), K)
+            expected = linear(module.output, M @ Q + u @ a(module.skip.kernel[...]))
+            np.testing.assert_allclose(y[t, b], expected, atol=1e-4, rtol=1e-3)
+            seen += 1
+        assert seen == number[b]
+        np.testing.assert_allclose(last[b], M, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.thorough
