@@ -569,8 +569,9 @@ def update(agent, opt_state, tx, learning_rate, as_acted, seen, key, args: Args)
         indices = order.reshape(args.num_minibatches, -1)  # [N, S]
         memory, data = as_acted
         if args.recompute_advantages:
-            agent, _ = learner
-            _, memory, data = prepare(agent, *replay(agent, *seen), args)
+            (agent, _), (acted, *_) = learner, data
+            _, memory, (_, *recomputed) = prepare(agent, *replay(agent, *seen), args)
+            data = (acted, *recomputed)  # the value loss is clipped around the values acted with
         step = partial(minibatch_step, memory=memory, data=data)
         learner, metrics = jax.lax.scan(step, learner, indices)
         return learner, jax.tree.map(jnp.mean, metrics)

@@ -382,11 +382,14 @@ def test_replaying_a_batch_with_the_same_agent_changes_nothing():
 
 @pytest.mark.thorough
 def test_advantages_are_recomputed_before_each_epoch_or_stay(monkeypatch):
-    """What the loss is given in each epoch: by default the same, however the agent has changed."""
-    given, loss = [], rppo_continuous.ppo_loss
+    """What the loss is given in each epoch: by default the same, however the agent has changed; and
+    always the values acted with, which --clip-vloss clips around."""
+    given, acted, loss = [], [], rppo_continuous.ppo_loss
 
     def spy(agent, memory, batch, advantages, returns, args):
         jax.debug.callback(lambda x: given.append(float(x)), returns.sum(), ordered=True)
+        values = jnp.sort(batch.value, axis=None)  # whatever the order of the sequences
+        jax.debug.callback(lambda x: acted.append(np.array(x)), values, ordered=True)
         return loss(agent, memory, batch, advantages, returns, args)
 
     monkeypatch.setattr(rppo_continuous, "ppo_loss", spy)
@@ -398,6 +401,7 @@ def test_advantages_are_recomputed_before_each_epoch_or_stay(monkeypatch):
         jax.effects_barrier()
     as_acted, recomputed = given[: args.update_epochs], given[args.update_epochs :]
     assert len(as_acted) == len(recomputed) == 4
+    np.testing.assert_array_equal(acted, [acted[0]] * 8)
     np.testing.assert_allclose(as_acted, recomputed[0], rtol=1e-5)
     assert np.all(np.abs(np.diff(recomputed)) > 1e-3 * np.abs(recomputed[0]))
 
