@@ -428,10 +428,16 @@ def test_a_long_run_goes_on_in_slices(tmp_path, monkeypatch):
         return wait(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_for_rows)
+    other = {"device": record.machine(), "part": "other"}
+    record.write("craftax_learning", [other | {"step": 1}, other | {"step": 2}], *other)
     steps = [[]]
     for _ in range(2):
         ACCELERATOR.main(["tiny"])
-        steps.append([int(row["step"]) for row in record.read("craftax_learning")])
+        parts = {"tiny": [], "other": []}
+        for row in record.read("craftax_learning"):
+            parts[row["part"]].append(int(row["step"]))
+        assert parts["other"] == [1, 2]
+        steps.append(parts["tiny"])
         assert steps[-1][: len(steps[-2])] == steps[-2] and len(steps[-1]) >= len(steps[-2]) + 2
         (row,) = record.read("accelerator")
         assert json.loads(row["note"])["step"] == steps[-1][-1] and row["part"] == "tiny"
