@@ -338,7 +338,7 @@ def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
         action, score, own = policy(x[0], own, begins)
         actions.append(action)
         scores.append(score)
-    assert np.std(scores, axis=0).max() > 0.05  # they depend on what is seen
+    assert np.std(scores, axis=0).max() > 0.01  # they depend on what is seen
     if np.ndim(actions[0]):
         np.testing.assert_allclose(actions, expected, atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(by_export, expected, atol=1e-5, rtol=1e-5)
