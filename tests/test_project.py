@@ -639,7 +639,7 @@ def test_the_notebook_runs_and_learns(tmp_path):
     """Its cells one after the other; what they find is checked, not only that they run."""
     cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
     program = "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "code")
-    program += "\nprint(total, returns[0], returns[-1], len(plt.gca().lines))\n"
+    program += "\nprint(total, returns[0], returns[-1], walked, len(plt.gca().lines))\n"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT / "docs",
@@ -648,5 +648,6 @@ def test_the_notebook_runs_and_learns(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    total, first, last, lines = map(float, done.stdout.split())
+    total, first, last, walked, lines = map(float, done.stdout.split())
     assert total >= 300 and first < last and 0.85 < last <= 0.911 and lines == 1
+    assert walked == pytest.approx(0.91, abs=1e-3)
