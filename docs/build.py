@@ -36,6 +36,8 @@ from tasks import CONTROL, MEMORY, RESULTS, SCRIPTS, TASKS
 from without import CHANGES, POINTS, Change, unchanged
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
+IQM, BAR = "IQM [95 % interval]", "seeds at the bar"
+CELLS = ("task", "steps", "mean ± std", IQM, BAR, "launch to target", "steps/s")
 PARENTS = {  # script: the one that it is written as a change to
     **dict.fromkeys(("a2c", "ppo_continuous", "ppo_lstm", "pqn", "impala"), "ppo"),
     **{"rppo": "ppo_lstm", "rppo_continuous": "rppo", "ppo_trxl": "ppo_lstm", "rpqn": "pqn"},
@@ -293,6 +295,18 @@ def picture(name: str) -> str:
     return f"<figure>{drawn}<figcaption>{label}.</figcaption></figure>"
 
 
+def results_table(names: list[str], *left_out: str) -> str:
+    """Of these tasks, without the columns that are not wanted or that none of them has."""
+    rows = [[TASKS[name].label, *tables.cells_of(name)] for name in names]
+    columns = [
+        column
+        for column in zip(CELLS, *rows, strict=True)
+        if any(column[1:]) and column[0] not in left_out
+    ]
+    heading, *rows = zip(*columns, strict=True)
+    return f'<div class="results">{prose(tables.markdown(heading, rows))}</div>'
+
+
 def results_of(script: str) -> str:
     """Its rows of the README's tables of results, how they were measured, its learning curves."""
     own = {name: task for name, task in TASKS.items() if task.script == f"{script}.py"}
@@ -301,13 +315,15 @@ def results_of(script: str) -> str:
         return ""
     kinds = [f"{kind}_{name}.csv" for name in own for kind in ("scores", "time_to_solve")]
     rows = [row for row in tables.read("measured") if row["file"] in kinds]
-    machines = " or ".join(dict.fromkeys(row["machine"] for row in rows))
+    machines = " or ".join(sorted({row["machine"] for row in rows}))
     scored = " ".join(name for name, task in own.items() if task.seeds)
-    words = f"Measured on {machines} by `python benchmarks/run.py scores {scored}`."
+    words = (
+        f"Measured on {machines} (cores x processor) by `python benchmarks/run.py scores {scored}`."
+    )
     if any(tables.launches_of(name) for name in own):
         words += (
             " A launch is timed (`run.py launches`) from typing the command, nothing compiled before, until"
-            " the last 100 training episodes average the target."
+            " the last 100 training episodes average the target: the median, and the slowest."
         )
     if any(tables.speed_of(name) for name in own):
         words += (
@@ -315,7 +331,7 @@ def results_of(script: str) -> str:
         )
     pictures = "".join(map(picture, own))
     return (
-        f'<h2 id="section-results">Results</h2>{prose(tables.results_table(own))}'
+        f'<h2 id="section-results">Results</h2>{results_table([*own])}'
         f'{prose(words)}<div class="pictures">{pictures}</div>'
     )
 
@@ -344,11 +360,14 @@ def size_of_difference(script: str) -> str:
 def header_of(text: str) -> str:
     """The rest of a script's docstring, and its flags, folded."""
     tree = ast.parse(text)
-    rest = ast.get_docstring(tree).partition("\n\n")[2]
+    _, rest = text.split('"""')[1].split("\n\n", 1)  # as written, with its \ at the ends of lines
+    rest = re.sub(
+        r"^\S.*", lambda line: re.sub(r"(?<![\w/])\w+\.py\b", r"`\g<0>`", line[0]), rest, flags=re.M
+    )
     args = next(node for node in tree.body if getattr(node, "name", "") == "Args")
     flags = "\n".join(text.splitlines()[args.decorator_list[0].lineno - 1 : args.end_lineno])
     return (
-        f'<h2 id="section-run">Papers, commands, results</h2>{linked(prose(rest))}'
+        f'<h2 id="section-run">Papers, commands, expectations</h2>{linked(prose(rest))}'
         f"<details><summary>Its flags</summary>{code(flags, 'Args')}</details>"
     )
 
@@ -399,22 +418,15 @@ def card(script: str) -> str:
     """A script on the index: what it is, its size, its first results and how it came to them."""
     own = {name: task for name, task in (RESULTS | MEMORY).items() if task.script == f"{script}.py"}
     own = [name for name in own if any(tables.cells_of(name)) and CONTROL not in TASKS[name].label]
-    rows = []
-    for name in own[:3]:
-        steps, score, *_, launch, speed = tables.cells_of(name)
-        rows.append([TASKS[name].label, steps, score, launch, speed])
-    heading = ["task", "steps", "mean ± std", "launch to target", "steps/s"]
-    used = [n for n in range(len(heading)) if any(row[n] for row in rows)]
-    table = tables.markdown([heading[n] for n in used], [[row[n] for n in used] for row in rows])
     size = f"{tables.lines_of(script)[1]} lines of algorithm"
     if script in PARENTS:
         what = f"what it changes in {PARENTS[script]}.py"
         changes = size_of_difference(script)
         size += f'; <a href="{script}.html#section-changes">{what}</a>: {changes}'
     return (
-        f'<section class="card" id="{script}" aria-labelledby="{script}-name"><div><h3 id="{script}-name">'
-        f'<a href="{script}.html">{script}.py</a></h3><p>{SCRIPTS[script]}</p><p class="size">{size}</p>'
-        f"</div><div>{prose(table) if rows else ''}</div>"
+        f'<section class="card" id="{script}" aria-labelledby="{script}-name"><div><h2 id="{script}-name">'
+        f'<a href="{script}.html">{script}.py</a></h2><p>{SCRIPTS[script]}</p><p class="size">{size}</p>'
+        f"</div><div>{results_table(own[:3], IQM, BAR) if own else ''}</div>"
         f"{next(filter(None, map(picture, own)), '')}</section>"
     )
 
