@@ -280,7 +280,9 @@ EXPORTED = {
 }
 EXPORTED_TOO = {
     "ppo of screens": "--env-id envpool::Pong-v5",
-    **dict.fromkeys(("a2c", "impala", "pqn", "rpqn", "td3", "sacd", "rsacd", "rppo_continuous"), ""),
+    **dict.fromkeys(
+        ("a2c", "impala", "pqn", "rpqn", "td3", "sacd", "rsacd", "rppo_continuous"), ""
+    ),
     "ppo_trxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
     "dqn": "",
     "ppo_gtrxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
@@ -292,7 +294,12 @@ EXPORTED_TOO = {
     **{f"rppo {x.stem}": f"--memory {x.stem}" for x in (ROOT / "memories").glob("*.py")},
 }
 CHAOTIC = ("rppo dnc",)  # equal usages are told apart by their last digits: 50 observations
-SHORTER = {*EXPORTED_TOO} - {"ppo of screens", "ppo_gtrxl", "sac", *CHAOTIC}  # 1,000; others: 10,000
+SHORTER = {*EXPORTED_TOO} - {
+    "ppo of screens",
+    "ppo_gtrxl",
+    "sac",
+    *CHAOTIC,
+}  # 1,000; others: 10,000
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *[thorough(x) for x in EXPORTED_TOO]])
@@ -330,7 +337,9 @@ def test_an_exported_policy_does_what_the_agent_does(tmp_path, name):
         return jax.jit(lambda *x: jax.lax.scan(act, *x))(memory, (obs, first))[1]
 
     expected = acts(step, memory)
-    *_, zeros = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]  # not read at a first step
+    *_, zeros = jax.tree.unflatten(exported.in_tree, exported.in_avals)[
+        0
+    ]  # not read at a first step
     zeros = [np.zeros(x.shape, x.dtype) for x in zeros]
     by_export = acts(exported.call, zeros)
     own, actions, scores = policy.memory, [], []
