@@ -112,6 +112,8 @@ class Args:
         if self.mask_obs is None:
             velocities = (1, 3) if self.env_id == "gymnax::CartPole-v1" else ()
             object.__setattr__(self, "mask_obs", velocities)
+        if ".py" in self.memory:  # a run is resumed and played from any folder
+            object.__setattr__(self, "memory", str(Path(self.memory).absolute()))
 
     @property
     def batch_size(self) -> int:
@@ -222,14 +224,24 @@ def load_memory(name: str, kwargs: str, size: int) -> Callable:
     def try_out():
         memory, x, reset = make(rngs=nnx.Rngs(0)), jnp.zeros((2, size)), jnp.zeros(2, bool)
         start = memory.initial_memory(2)
-        _, y = memory.step(memory.open(start), x, reset)
-        return y + memory.unroll(start, x[None], reset[None])[1][0]
+        opened = memory.open(start)
+        acting, acted = memory.step(opened, x, reset)
+        after, (learned,) = memory.unroll(start, x[None], reset[None])
+        return start, (acted, learned), (start, opened), (after, acting)
+
+    def form(tree):
+        return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
     try:
         found = OWN_MEMORIES.get(name) or runpy.run_path(str(path))[of or "Memory"]
         make = partial(found, size, **json.loads(kwargs))
-        if jax.eval_shape(try_out).shape != (2, size):
+        start, y, before, after = jax.eval_shape(try_out)
+        if any(x.shape != (2, size) for x in y):
             raise ValueError(f"what it returns must be as wide as what it takes, {size}")
+        if any(x.shape[:1] != (2,) for x in jax.tree.leaves(start)):
+            raise ValueError("the first axis of all in initial_memory(batch) must be the batch")
+        if form(before) != form(after):
+            raise ValueError("unroll and step must return a memory in the form that they took")
     except Exception as error:
         known = ", ".join(sorted(x.stem for x in Path(__file__).parent.glob("memories/*.py")))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

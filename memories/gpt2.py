@@ -23,6 +23,8 @@ class Memory(nnx.Module):
     ):
         if size % heads:
             raise ValueError(f"heads must divide the width {size}, not {heads}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, not {length}")
         self.size, self.length = size, length
         self.layers = nnx.List([Layer(size, heads, layers, rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(size, rngs=rngs)

@@ -22,6 +22,8 @@ class Memory(nnx.Module):
     def __init__(self, size: int, rngs, layers=2, heads=4, length=64, gate_bias=2.0):
         if size % heads:
             raise ValueError(f"heads must divide the width {size}, not {heads}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, not {length}")
         self.size, self.length = size, length
         self.layers = nnx.List([Layer(size, heads, gate_bias, rngs) for _ in range(layers)])
 

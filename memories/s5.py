@@ -21,6 +21,8 @@ class Memory(nnx.Module):
     """A stack of S5 layers; a reset puts the decay of its step to 0."""
 
     def __init__(self, size: int, rngs: nnx.Rngs, states: int = 64, layers: int = 2, parallel=None):
+        if states < 2:
+            raise ValueError(f"states must be at least 2, not {states}")
         self.states = states
         self.layers = nnx.List([Layer(size, states, rngs, parallel) for _ in range(layers)])
 

@@ -5,6 +5,7 @@ What is plumbing, the same text in all (tests/copies.py), is tried with ppo.py a
 
 import ast
 import csv
+import dataclasses
 import importlib
 import json
 import os
@@ -24,7 +25,9 @@ import numpy as np
 import pytest
 from probes import ALL_SCRIPTS, CONTINUOUS, DISTINCT
 
+import enjoy
 import ppo
+import rppo
 
 SCRIPT = Path(ppo.__file__)
 SHORT = ["--env-id", "gymnax::CartPole-v1", "--total-timesteps", "16384", "--num-envs", "16"]
@@ -468,8 +471,11 @@ OWN_BAD_FLAGS = {
     ("rppo", "--env-id gymnax::Pendulum-v1"): "rppo_continuous.py",
     ("rppo", "--num-minibatches 7"): "take one of",
     ("rppo", "--memory nothing"): "there are dnc, ffm,",
-    ("rppo", "--memory mine.py:Mine"): "--memory mine.py:Mine",
+    ("rppo", "--memory mine.py:Mine"): "mine.py:Mine with",
     ("rppo", '--memory s5 --memory-kwargs {"stats":3}'): "unexpected keyword argument 'stats'",
+    ("rppo", '--memory s5 --memory-kwargs {"states":1}'): "states must be at least 2, not 1",
+    ("rppo", '--memory gpt2 --memory-kwargs {"length":0}'): "length must be at least 1",
+    ("rppo", '--memory gtrxl --memory-kwargs {"length":0}'): "length must be at least 1",
     ("rppo", '--memory gpt2 --memory-kwargs {"heads":3}'): "heads must divide the width 64, not 3",
     ("rppo", "--memory-kwargs {heads"): "--memory-kwargs '{heads'",
     ("rppo_continuous", "--env-id gymnax::CartPole-v1"): "ppo_lstm.py",
@@ -515,6 +521,57 @@ def test_bad_input_is_one_clear_line_and_status_2(name, flags, hint, tmp_path, m
     assert stop.value.code == 2
     assert len(error) == 1 and hint in error[0], error
     assert list(tmp_path.iterdir()) == []  # no folder of a run that never began
+
+
+NONE = SCRIPT.with_name("memories") / "none.py"
+BAD_MEMORIES = {  # none.py with a change -> what is said of it
+    "no such class": ("class Memory", "class Other", "'Memory'"),
+    "no unroll": ("def unroll", "def roll", "no attribute 'unroll'"),
+    "a count": ("return jnp.zeros((batch, 0))", "return jnp.zeros((batch, 0)), 0", "first axis"),
+    "a batch behind": ("zeros((batch, 0))", "zeros((3, batch))", "first axis"),
+    "another type": ("return memory, x", "return memory.astype(int), x", "the form"),
+    "another shape": ("return acting, x", "return acting[:, None], x", "the form"),
+    "another structure": ("return memory, x", "return (memory, memory), x", "the form"),
+    "another width": ("return memory, x", "return memory, x[..., :1]", "as wide as"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "hint"), BAD_MEMORIES.values(), ids=list(BAD_MEMORIES))
+def test_a_memory_that_cannot_work_is_refused_in_one_line(old, new, hint, tmp_path, capsys):
+    assert old in NONE.read_text()
+    (tmp_path / "mine.py").write_text(NONE.read_text().replace(old, new))
+    with pytest.raises(SystemExit) as stop:
+        rppo.check_args(rppo.Args(memory=f"{tmp_path}/mine.py:Memory"))
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and hint in error[0], error
+
+
+MEMORY_SCRIPTS = "rppo rppo_continuous rpqn drqn impala_lstm rsac rsacd".split()
+
+
+@pytest.mark.parametrize("name", MEMORY_SCRIPTS)
+def test_a_memory_of_one_s_own_is_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = importlib.import_module(name).Args(memory="mine.py:Memory")
+    assert args.memory == str(tmp_path / "mine.py:Memory")
+    assert dataclasses.replace(args).memory == args.memory
+    assert importlib.import_module(name).Args(memory="s5").memory == "s5"
+
+
+@pytest.mark.thorough
+def test_a_run_with_a_memory_of_one_s_own_goes_on_in_another_folder(
+    in_process, tmp_path, monkeypatch
+):
+    shutil.copy(NONE, tmp_path / "mine.py")
+    flags = [*SHORT_RUNS["rppo"], "--run-dir", "here", "--memory", "mine.py:Memory"]
+    in_process("rppo", *flags, "--total-timesteps", 512)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    rppo.load_memory.cache_clear()  # as in a process of its own
+    in_process("rppo", "--resume", "../here", "--total-timesteps", 1024)
+    assert last_checkpoint(tmp_path / "here") == 2
+    monkeypatch.setitem(sys.modules, "rppo", rppo)  # enjoy.py loads its own; put this one back
+    enjoy.main(enjoy.Args(Path("../here"), draw=False))
 
 
 @pytest.mark.thorough
