@@ -1,10 +1,17 @@
 """Differentiable neural computer: Graves et al. 2016, "Hybrid computing using a neural network with
 dynamic external memory", Nature 538 (methods, eq. 1-12 of the supplement's glossary).
 
-An LSTM reads and writes N slots of W numbers: it writes where the content is near a key, or where nothing
-is in use; it reads by content, or the slot written after or before the one read last. State: the slots, how
-they are linked in time, [N, N], their use, the last weights and reads, and the LSTM's. Cost per step: the
-LSTM's and N^2 (readers + 1). Good at: lists and order, in principle. Bad at: speed, and learning to be used.
+    h = LSTM(x, reads)     f, k, g, a, e, v, pi, ... = W h     y = W (h, reads)
+    u = (u + w - u w) prod_r (1 - f_r w_r)     free_i = (1 - u_i) prod of u_j where u_j < u_i
+    w = g (a free + (1 - a) content(M, k))     M = M (1 - w e^T) + w v^T
+    L_ij = (1 - w_i - w_j) L_ij + w_i p_j where i is not j     p = (1 - sum w) p + w
+    w_r = pi_1 L^T w_r + pi_2 L w_r + pi_3 content(M, k_r)     reads_r = w_r M
+
+An LSTM of D cells writes to N slots of W numbers, where the content is near a key or where nothing is in
+use (u), and R readers read by content, or the slot written after (L) or before (L^T) the one read last. State:
+N W + N^2 + (R + 3) N + R W + 2 D numbers, 816 at the defaults and D = 64. Cost per step: 9 D^2 + 6 R W D, and
+(2 R + 3) (N^2 + N W) for the slots, some 70,000 multiplications there. Good at: lists and order, in principle.
+Bad at: speed, and learning to be used.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """No memory at all: the control that shows whether a task needs one.
 
-State: nothing (an empty column, so that it has a batch). Cost per step: none.
+State: nothing (an empty column, so that it has a batch). Cost per step: none. Good at: what can be seen at
+once. Bad at: all else.
 """
 
 import jax.numpy as jnp

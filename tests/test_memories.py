@@ -1,6 +1,7 @@
 """Every file of memories/ keeps the protocol: what is unrolled is what is stepped, an episode knows nothing
 of the one before, and nothing grows without bound. A new file is covered by being there."""
 
+import ast
 import csv
 import dataclasses
 import functools
@@ -76,6 +77,20 @@ def used(name):
 
 def assert_close(one, other, **tolerance):
     np.testing.assert_allclose(one, other, **({"atol": 3e-5, "rtol": 1e-3} | tolerance))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_stands_alone_and_says_what_its_memory_costs(name):
+    tree = ast.parse((ROOT / "memories" / f"{name}.py").read_text())
+    imported = [
+        alias.name for x in ast.walk(tree) if isinstance(x, ast.Import) for alias in x.names
+    ]
+    imported += [x.module or "." for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)]
+    known = {"jax", "flax", "numpy", "typing", "functools", "math"}
+    assert {x.partition(".")[0] for x in imported} <= known
+    said = " ".join(ast.get_docstring(tree).split())
+    for what in ("State: ", "Cost per step", "Good at: ", "Bad at: "):
+        assert what in said, what
 
 
 # --- Unrolling is stepping ------------------------------------------------------------------------
