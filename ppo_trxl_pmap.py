@@ -538,9 +538,10 @@ def ppo_loss(
     ratio = jnp.exp(logratio)
 
     if args.norm_adv:  # detail 7, with the moments over the minibatches of all devices
-        moments = jnp.stack([advantages.mean(), (advantages**2).mean()])
-        mean, square = jax.lax.pmean(moments, "devices")
-        advantages = (advantages - mean) / (jnp.sqrt(jnp.maximum(square - mean**2, 0.0)) + 1e-8)
+        moments = jnp.stack([advantages.mean(), advantages.var()])
+        means, variances = jax.lax.all_gather(moments, "devices", axis=1)
+        std = jnp.sqrt(variances.mean() + means.var())  # E[x^2] - mean^2 would cancel in float32
+        advantages = (advantages - means.mean()) / (std + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = -jnp.minimum(ratio * advantages, clipped_ratio * advantages).mean()  # eq. 7
 

@@ -1,6 +1,7 @@
 """Many devices and many processes train as one, and leave the files of one."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -11,8 +12,11 @@ import sys
 import textwrap
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from probes import run_on_devices
+from probes import real_env, run_on_devices, small_args
 
 import ppo_trxl_pmap
 
@@ -153,8 +157,8 @@ def test_four_devices_learn_what_one_device_learns(tmp_path):
 
 
 def test_a_minibatch_holds_two_collectives_and_the_rollout_none():
-    """One all-reduce of the gradients and metrics, one of two moments, in the same loop; nothing else but what
-    the metrics gather once in an iteration. Read from the compiled program."""
+    """One all-reduce of the gradients and metrics and one all-gather of two moments, in the same loop; nothing
+    else but what the metrics gather once in an iteration. Read from the compiled program."""
     program = """
         args = small_args("ppo_trxl_pmap", num_envs=4)
         init, train_iteration = ppo_trxl_pmap.make_train(args, real_env("ppo_trxl_pmap", num_envs=4))
@@ -171,11 +175,39 @@ def test_a_minibatch_holds_two_collectives_and_the_rollout_none():
         kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
         if collective := re.search(rf"= (\S+) ({kinds})(-start)?\(", line):
             found.append((computation, collective[2], collective[1].partition("{")[0]))
-    reduced = [(shape, where) for where, kind, shape in found if kind == "all-reduce"]
-    assert sorted(shape for shape, _ in reduced) == sorted(["f32[2]", f"f32[{size}]"])
-    (loop,) = {where for _, where in reduced}
-    assert loop != "entry"
-    assert {x[:2] for x in found} - {(loop, "all-reduce")} == {("entry", "all-gather")}
+    in_loop = [x for x in found if x[0] != "entry"]
+    assert len({where for where, *_ in in_loop}) == 1
+    kinds = {kind: shape for _, kind, shape in in_loop}
+    assert kinds.pop("all-reduce") == f"f32[{size}]" and len(in_loop) == 2
+    assert set(kinds) == {"all-gather"} and kinds["all-gather"].count("4")  # of each device, two
+    assert {kind for where, kind, _ in found if where == "entry"} == {"all-gather"}
+
+
+def test_advantages_far_from_0_are_normalised_over_all_devices():
+    """Mean 100, deviation .1, of which E[x^2] - mean^2 in float32 leaves two digits at most."""
+    args, env = small_args("ppo_trxl_pmap", ent_coef=0.0), real_env("ppo_trxl_pmap")
+    agent = jax.jit(ppo_trxl_pmap.make_train(args, env)[0])(jax.random.key(0)).agent
+    shape = (4, 8, 32)  # devices, steps, windows
+    keys = jax.random.split(jax.random.key(1), 3)
+    obs, zeros = jax.random.normal(keys[0], (*shape, *env.obs_shape)), jnp.zeros(shape)
+    fields = {"obs": obs, "action": jnp.int32(zeros), "reset": zeros > 0}
+    fields["logprob"] = jnp.log(0.5) + 0.1 * jax.random.normal(keys[1], shape)
+    fields = [fields.get(field, zeros) for field in ppo_trxl_pmap.Transition._fields]
+    batch = ppo_trxl_pmap.Transition(*fields)
+    shares = 100.0 + 0.1 * jnp.arange(4.0)[:, None, None]  # each device has a mean of its own
+    advantages = shares + 0.1 * jax.random.normal(keys[2], shape)
+    exact = np.float64(advantages)
+    normalised = jnp.float32((exact - exact.mean()) / exact.std())
+
+    def pg_loss(advantages, **changes):
+        loss = lambda *x: ppo_trxl_pmap.ppo_loss(
+            agent, agent.initial_memory(32), *x, zeros[0], dataclasses.replace(args, **changes)
+        )
+        metrics = jax.vmap(loss, axis_name="devices")(batch, advantages)[1]
+        return metrics["losses/policy_loss"]
+
+    by_hand = pg_loss(normalised, norm_adv=False)
+    np.testing.assert_allclose(pg_loss(advantages), by_hand, rtol=1e-3)
 
 
 # --- As users run it ------------------------------------------------------------------------------
@@ -254,6 +286,11 @@ def test_two_processes_are_two_devices_and_stop_and_resume_as_one(tmp_path, star
     assert float(after["charts/episodes"]) > float(last["charts/episodes"])
     assert json.loads((tmp_path / "two/config.json").read_text())["args"]["process_id"] is None
     assert (tmp_path / "two/evaluation.json").exists()
+
+    (tmp_path / "two/evaluation.json").unlink()  # a finished run is evaluated once more
+    started = start_processes(tmp_path, *flags, slurm=True)[-2:]
+    assert [process.wait(250) for process in started] == [0, 0], (tmp_path / "log0").read_text()
+    assert rows(tmp_path / "two")[-1] == after and (tmp_path / "two/evaluation.json").exists()
 
 
 def test_a_process_that_dies_takes_the_other_along(tmp_path, start_processes):
