@@ -242,6 +242,51 @@ def test_the_first_minibatches_have_ratio_1(name):
         assert metrics.get("losses/clipfrac", 0) == 0
 
 
+SECOND_PASS = ("impala_lstm", "rppo", "rppo_continuous", "rpqn")
+OTHER_FORM = '{"length": 5, "heads": 2, "layers": 1}'
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("memory_name", ["gtrxl", "gru"])  # acts in another form, or as it is
+@pytest.mark.parametrize("name", SECOND_PASS)
+def test_the_next_memory_is_that_after_the_steps_seen(name, memory_name, monkeypatch):
+    """With a step size of 0, over two rollouts of fewer steps than are remembered: `unroll` from the
+    memory that the rollout began with gives the next one, and its answer is that of where acting
+    stood. Learning begins from the same: all ratios are 1."""
+    script, env, seen = importlib.import_module(name), real_env(name), []
+    sizes = {"num_steps": 4, "memory": memory_name, "learning_rate": 0.0}
+    sizes |= {"memory_kwargs": OTHER_FORM} if memory_name == "gtrxl" else {}
+    sizes |= {"sequence_length": 2} if name == "rppo_continuous" else {}
+    own_rollout = script.rollout
+
+    def rollout(*given):
+        result = own_rollout(*given)
+        keep = (result[0].memory, result[1].obs, result[1].reset)
+        jax.debug.callback(lambda *x: seen.append(jax.tree.map(jnp.array, x)), *keep, ordered=True)
+        return result
+
+    monkeypatch.setattr(script, "rollout", rollout)
+    init, train_iteration = make_train(name, small_args(name, **sizes), env)
+    state, train_iteration = jax.jit(init)(jax.random.key(0)), jax.jit(train_iteration)
+    agents = ["agent", "acting_agent"][: 1 + (name in THREADED)]
+    agent = agent_of(name, **sizes)
+    state = state._replace(**dict.fromkeys(agents, agent))
+    first = lambda state: state.acting[0] if name in THREADED else state.acting
+    for _ in range(2):
+        seen.clear()
+        before, (state, metrics) = first(state).memory, train_iteration(state)
+        jax.effects_barrier()
+        acted, obs, reset = seen[0]
+        after = first(state)
+        assert_close(after.memory, compiled_unroll(agent, before, obs, reset)[0])
+        following = (after.obs, jnp.zeros(NUM_ENVS, bool))
+        answers = [
+            compiled_step(agent, x, *following)[1:] for x in (acted, agent.open(after.memory))
+        ]
+        assert_close(*answers)
+        assert abs(metrics.get("losses/approx_kl", 0.0)) < 1e-7
+
+
 def memory_probe(name):
     """Two steps: the first shows a bit; the second does not, and its action is to be the bit."""
 
