@@ -1,12 +1,16 @@
 """ppo.py, a2c.py and ppo_continuous.py: estimators, losses, the Gaussian, running normalisation."""
 
+import dataclasses
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import rlax
 from flax import nnx
-from probes import quick, real_env, small_args
+from probes import ALL_SCRIPTS, CONTINUOUS, MEMORY, NUM_ENVS, quick, real_env, small_args
 from scipy import stats
 
 import a2c
@@ -136,14 +140,59 @@ def test_a_ratio_beyond_the_clip_only_moves_back(advantage, moves):
     assert (max(jnp.abs(x).max() for x in jax.tree.leaves(grads)) > 1e-4) == moves
 
 
-@pytest.mark.thorough
-def test_target_kl_ends_the_epochs_early():
-    def last_kl(target_kl):
-        args = ppo_args(update_epochs=20, target_kl=target_kl, learning_rate=0.01)
-        init, train_iteration = ppo.make_train(args, short_cartpole(args))
-        return jax.jit(train_iteration)(jax.jit(init)(jax.random.key(0)))[1]["losses/approx_kl"]
+CLIPPED = [name for name in ALL_SCRIPTS if hasattr(importlib.import_module(name), "ppo_loss")]
 
-    assert last_kl(0.003) < last_kl(None)
+
+@pytest.mark.parametrize("name", quick(CLIPPED, "ppo"))
+def test_the_clipped_value_loss_is_the_larger_error(name):
+    """Of the value, and of the value moved no farther than the clip from the one acted with."""
+    script, env = importlib.import_module(name), real_env(name)
+    args = small_args(name, clip_vloss=True, clip_coef=0.2)
+    agent = jax.jit(script.make_train(args, env)[0])(jax.random.key(0)).agent
+    shape = (args.num_steps, NUM_ENVS)
+    keys = jax.random.split(jax.random.key(1), 4)
+    obs, no = jax.random.normal(keys[0], (*shape, *env.obs_shape)), jnp.zeros(shape, bool)
+    memory, reset = (), ()
+    if name in MEMORY or name == "ppo_trxl_pmap":
+        memory, reset = (agent.initial_memory(NUM_ENVS),), (no,)
+    *_, value = agent.unroll(*memory, obs, *reset) if memory else agent(obs)
+    noise, returns = jax.random.normal(keys[1], (2, *shape))
+    old = value + 0.5 * noise
+    actions = jnp.zeros((*shape, env.action_size)) if name in CONTINUOUS else jnp.int32(no)
+    fields = {"obs": obs, "reset": no, "action": actions, "logprob": 0.0 * value, "value": old}
+    fields = [fields.get(field, no) for field in script.Transition._fields]
+    batch = script.Transition(*fields)
+
+    def v_loss(args):
+        loss = lambda _: script.ppo_loss(agent, *memory, batch, returns, returns, args)[1]
+        metrics = jax.vmap(loss, axis_name="devices")(jnp.zeros(1))
+        return float(metrics["losses/value_loss"][0])
+
+    clipped = np.clip(value, old - 0.2, old + 0.2)
+    by_hand = 0.5 * np.maximum((value - returns) ** 2, (clipped - returns) ** 2).mean()
+    plain = 0.5 * ((value - returns) ** 2).mean()
+    assert v_loss(args) == pytest.approx(float(by_hand), rel=1e-4)
+    assert v_loss(dataclasses.replace(args, clip_vloss=False)) == pytest.approx(
+        float(plain), rel=1e-4
+    )
+    assert by_hand > 1.05 * plain
+
+
+@pytest.mark.parametrize("name", quick(CLIPPED, "ppo"))
+def test_target_kl_skips_the_epochs_that_remain(name):
+    """At 0 all but the first, which begins at 0; far above what is reached, and at None, none."""
+    sizes = {"num_minibatches": 4, "update_epochs": 3, "num_steps": 16}
+    args, env = small_args(name, **sizes), real_env(name)
+    state = jax.jit(importlib.import_module(name).make_train(args, env)[0])(jax.random.key(0))
+
+    def count(target_kl):
+        changed = dataclasses.replace(args, target_kl=target_kl)
+        after, _ = importlib.import_module(name).make_train(changed, env)[1](state)
+        return optax.tree.get(after.opt_state, "count")
+
+    below = jax.jit(count)  # one program for all numbers
+    assert below(0.0) == 4 and below(1e9) == 12
+    assert jax.jit(lambda: count(None))() == 12
 
 
 def test_an_epoch_takes_each_step_once_in_another_order(monkeypatch):
@@ -436,6 +485,10 @@ def test_lambda_returns_agree_with_rlax_with_ends_and_time_limits(q_lambda):
     expected = lambda_returns_by_rlax(rewards, next_values, *ends, q_lambda)
     np.testing.assert_allclose(returns, expected, atol=1e-4)
     np.testing.assert_allclose(returns, ppo.compute_gae(*given)[1], atol=1e-4)
+    # The published code's last but one step takes the value after the last (purejaxql, issue 12).
+    at_fault = np.concatenate([values[:-1], last_value[None]])
+    published = pqn.compute_lambda_returns(given[0], at_fault, *given[2:])
+    assert (np.abs(published - expected).max() > 0.1) == (q_lambda < 1)
 
 
 def test_pqn_s_rollout_keeps_the_largest_action_values():
