@@ -47,7 +47,7 @@ SHORT_RUNS = {
     "--aggregate mean --no-critic-entropy",
     "td3": "--num-envs 8 --num-steps 64 --learning-starts 600 --buffer-size 900 "
     "--updates-per-step .05 --actor-hidden-size 16 --critic-hidden-size 16 --norm-obs --anneal-lr "
-    "--linear-decay-sampling --monitor-gradients --max-grad-norm 1",
+    "--prioritized-replay --linear-decay-sampling --monitor-gradients --max-grad-norm 1",
     "pqn": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4",
     "impala": "--env-id gymnax::CartPole-v1 --num-envs 16 --num-steps 32 --num-minibatches 4 "
     "--num-actor-threads 2",

@@ -12,6 +12,7 @@ from scipy import stats
 
 import dqn
 import sac
+import sacd
 import td3
 
 FLAGS = {"prioritized_replay": True, "linear_decay_sampling": True, "monitor_gradients": True}
@@ -56,23 +57,25 @@ def test_ages_are_in_proportion_to_their_recency(size, floor, steps):
     assert_drawn_as(kept, shares)
 
 
-def filled(args, number):
+def filled(script, args, number):
     """A buffer that has seen transitions 0, 1, ..., of which the last ones are still in it."""
-    replay = sac.make_replay(args)
-    example = sac.Transition(jnp.zeros(1), jnp.zeros(1), 0.0, jnp.zeros(1), jnp.bool_(False))
+    replay = script.make_replay(args)
+    example = script.Transition(jnp.zeros(1), jnp.zeros(1), 0.0, jnp.zeros(1), jnp.bool_(False))
     buffer = replay.init(jax.tree.map(jnp.asarray, example))
     for k in range(0, number, args.num_envs):
         numbers = jnp.arange(k, k + args.num_envs, dtype=float)
         wide = numbers[:, None]
-        buffer = replay.add(buffer, sac.Transition(wide, wide, numbers, wide, numbers < 0))
+        buffer = replay.add(buffer, script.Transition(wide, wide, numbers, wide, numbers < 0))
     return replay, buffer
 
 
 @pytest.mark.parametrize("number", [30, 50, 62, 126])  # not full, just full, wrapped around
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("recent", [False, True])
-def test_a_sample_s_shares_are_priority_times_recency(number, prioritized, recent):
-    args = sac.Args(
+@pytest.mark.parametrize("name", quick(["sac", "td3"], "sac"))
+def test_a_sample_s_shares_are_priority_times_recency(name, number, prioritized, recent):
+    script = {"sac": sac, "td3": td3}[name]
+    args = script.Args(
         num_envs=2,
         buffer_size=50,
         batch_size=50,  # a buffer may not hold less
@@ -81,11 +84,11 @@ def test_a_sample_s_shares_are_priority_times_recency(number, prioritized, recen
         decay_steps=40,
         decay_floor=0.2,
     )
-    replay, buffer = filled(args, number)
+    replay, buffer = filled(script, args, number)
     priority_of = 1.0 + np.arange(number) % 5  # of transition k
     stored = np.arange(max(0, number - 50), number)
     priorities = jnp.zeros(50).at[stored % 50].set(priority_of[stored]) if prioritized else None
-    draw = jax.vmap(lambda key: sac.sample(replay, buffer, priorities, key, args)[0].reward)
+    draw = jax.vmap(lambda key: script.sample(replay, buffer, priorities, key, args)[0].reward)
     rewards = draw(jax.random.split(jax.random.key(number), 400)).ravel().astype(int)
     ages = number - 1 - stored + (0.0 if prioritized else 0.5)
     shares = np.maximum(0.2, 1 - ages / 40) if recent else np.ones(len(stored))
@@ -156,15 +159,16 @@ def test_the_error_of_an_update_is_the_larger_one_of_the_critics(name, monkeypat
     np.testing.assert_allclose(errors, jnp.abs(q_values).max(axis=0), rtol=1e-5)
 
 
-def test_the_loss_by_priority_is_linear_beyond_an_error_of_1():
+@pytest.mark.parametrize("script", [sac, td3])
+def test_the_loss_by_priority_is_linear_beyond_an_error_of_1(script):
     """And the critics' gradients, weighted by how often each transition is drawn, are those of
     |error| ** (1 + exponent) where the error is above 1 (arXiv:2007.06049, eq. 9)."""
     errors, targets = jnp.array([0.2, -0.5, 3.0, -8.0]), jnp.zeros(4)
-    batch = sac.Transition(*[jnp.zeros((4, 1))] * 2, targets, jnp.zeros((4, 1)), targets > 0)
+    batch = script.Transition(*[jnp.zeros((4, 1))] * 2, targets, jnp.zeros((4, 1)), targets > 0)
 
     def loss(values, **changes):
         critic = lambda obs, action: values[None]
-        return sac.critic_loss(critic, batch, targets, sac.Args(**changes))[0]
+        return script.critic_loss(critic, batch, targets, script.Args(**changes))[0]
 
     np.testing.assert_allclose(loss(errors), 0.5 * (errors**2).mean())
     grads = 4 * jax.grad(loss)(errors, prioritized_replay=True)
@@ -277,6 +281,77 @@ def test_dqn_s_priorities_are_its_errors_and_weigh_its_loss():
     np.testing.assert_allclose(loss, (0.5 * 4 + 0.25 * 4) / 3)
 
 
+def test_dqn_s_priorities_follow_its_errors_and_beta_rises_to_1(monkeypatch):
+    """As gradient steps come: number k is due after so many environment steps, on which beta depends."""
+    args = small_args(
+        "dqn",
+        num_envs=4,
+        learning_starts=20,
+        train_frequency=8,
+        num_steps=1,
+        buffer_size=400,
+        batch_size=4,
+        total_timesteps=200,
+        prioritized_replay=True,
+        priority_exponent=0.6,
+        priority_beta=0.4,
+    )
+    env = probe(lambda time, bit: bit, lambda time, bit, action: 1.0, num_envs=4)
+    replay, tx, seen = dqn.make_replay(args), dqn.optax.scale_by_adam(), []
+    own_sample, own_update = dqn.sample, dqn.update
+
+    def sample(replay, buffer, priorities, beta, key, args):
+        batch, positions, weights = own_sample(replay, buffer, priorities, beta, key, args)
+        jax.debug.callback(lambda *x: seen.append(x), beta, *positions, ordered=True)
+        return batch, positions, weights
+
+    # The errors of a step are alike, and others in the next; the smallest are near the 1e-6 added.
+    update = lambda *x: (*own_update(*x)[:-1], -1e-7 * x[-2] * jnp.ones(args.batch_size))
+    monkeypatch.setattr(dqn, "sample", sample)
+    monkeypatch.setattr(dqn, "update", update)
+    state = jax.jit(dqn.make_train(args, env)[0])(jax.random.key(0))
+    step = jax.jit(lambda state: dqn.step_and_learn(state, env, replay, tx, args)[0])
+    due, betas = [at for at in range(8, 201, 8) if at > 20], []
+    for _ in range(50):
+        state = step(state)
+        jax.effects_barrier()
+        if seen:
+            ((beta, *positions),) = seen
+            betas.append(beta)
+            wanted = (1e-7 * due[len(betas) - 1] + 1e-6) ** 0.6
+            np.testing.assert_allclose(state.priorities[tuple(positions)], wanted, rtol=1e-5)
+            seen.clear()
+    np.testing.assert_allclose(betas, 0.4 + 0.6 * np.array(due) / 200, rtol=1e-5)
+    assert betas[-1] == 1.0
+
+
+# --- Who moves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", quick(["sac", "td3", "sacd"], "sac"))
+def test_a_step_size_of_0_leaves_its_network_alone_and_no_other(name):
+    """Bit for bit. And two critics are two: they begin and stay different."""
+    script = {"sac": sac, "td3": td3, "sacd": sacd}[name]
+    env = probe(lambda time, bit: bit, lambda *x: x[2], continuous=name != "sacd")
+
+    @jax.jit  # one program for all step sizes
+    def train_with(policy_lr, q_lr):
+        args = small_args(name, policy_lr=policy_lr, q_lr=q_lr)
+        init, train_iteration = script.make_train(args, env)
+        state = init(jax.random.key(0))
+        return state.learner, train_iteration(state)[0].learner
+
+    def moved(part, *step_sizes):
+        pairs = [jax.tree.leaves(getattr(x, part)) for x in train_with(*step_sizes)]
+        return [not np.array_equal(*pair) for pair in zip(*pairs, strict=True)]
+
+    assert not any(moved("actor", 0.0, 1e-3)) and all(moved("critic", 0.0, 1e-3))
+    assert all(moved("actor", 1e-3, 0.0)) and not any(moved("critic", 1e-3, 0.0))
+    for learner in train_with(1e-3, 1e-3):
+        first, second = learner.critic.bodies
+        assert (first.layers[0].kernel[...] != second.layers[0].kernel[...]).all()
+
+
 # --- Learning with all of it ----------------------------------------------------------------------
 
 
@@ -297,13 +372,14 @@ def test_a_discounted_reward_is_learned_with_every_flag(name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["sac", "td3"])
-def test_monitored_gradients_are_what_was_done(name, monkeypatch):
-    """Norms of gradient, parameters and update, measured from outside, with one gradient step in each
-    row; and training is the same with and without the monitor."""
+@pytest.mark.parametrize(("name", "frequency"), [("sac", 1), ("td3", 1), ("td3", 2)])
+def test_monitored_gradients_are_what_was_done(name, frequency):
+    """Norms of gradient, parameters and update, measured from outside, with one gradient step of the actor
+    in each row; and training is the same with and without the monitor."""
     script = {"sac": sac, "td3": td3}[name]
     changes = {"num_envs": 1, "num_steps": 8, "weight_decay": 0.1, "max_grad_norm": 0.02}
-    changes |= {"policy_frequency": 1} if name == "td3" else {}
+    changes |= {"updates_per_step": frequency / 8}
+    changes |= {"policy_frequency": frequency} if name == "td3" else {}
     env = probe(
         lambda time, bit: bit, lambda time, bit, action: action, continuous=True, num_envs=1
     )
@@ -313,7 +389,9 @@ def test_monitored_gradients_are_what_was_done(name, monkeypatch):
     for one, other in zip(*map(jax.tree.leaves, (after.learner, plain.learner)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert not any("gradients" in key for key in plain_metrics)
-    for part in ("actor", "critic"):
+    for part in ("actor", "critic")[
+        : 1 + (frequency == 1)
+    ]:  # the critic's are means over its steps
         old, new = getattr(before.learner, part), getattr(after.learner, part)
         moved = script.optax.tree.norm(jax.tree.map(jnp.subtract, new, old))
         size = script.optax.tree.norm(old)
