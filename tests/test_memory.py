@@ -549,6 +549,16 @@ def test_bfloat16_computes_nearly_the_same_in_half_the_memory(encoding):
     assert taken.count({"float32"}) == 7 and taken.count({"bfloat16"}) == len(taken) - 7 > 10
 
 
+@pytest.mark.parametrize("name", quick(["ppo_trxl", "ppo_gtrxl"], "ppo_trxl"))
+def test_bfloat16_changes_the_first_ratios_by_some_hundredths_at_most(name):
+    agent = agent_of(name, compute_dtype="bfloat16")
+    obs, reset = steps_of(name)
+    memory = used_memory(agent, name)
+    _, (logprobs, _) = unroll(agent, memory, obs, reset, [NUM_STEPS])
+    _, (acted, _) = step_by_step(agent, memory, obs, reset)
+    assert jnp.abs(jnp.exp(logprobs - acted) - 1).max() < 0.05
+
+
 def products(jaxpr):
     """The matrix products in a program, also in its parts."""
     for eqn in jaxpr.eqns:
