@@ -377,18 +377,18 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         step = lambda state, _: step_and_learn(state, env, replay, tx, args)
         state, (rewards, dones, sums) = jax.lax.scan(step, state, length=args.num_steps)
         assert rewards.shape == dones.shape == (args.num_steps, args.num_envs)  # [T, B]
-        updates = updates_due(state.step, args)
-        number = updates - updates_due(state.step - args.num_envs * args.num_steps, args)
+        updates = gradient_steps_due(state.step, args)
+        number = updates - gradient_steps_due(state.step - args.num_envs * args.num_steps, args)
         metrics = {name: x.sum() / jnp.maximum(number, 1) for name, x in sums.items()}
         metrics |= {"charts/epsilon": epsilon_at(state.step, args), "charts/updates": updates}
-        stats, episode_metrics = record_episodes(state.episode_stats, rewards, dones)
-        state = state._replace(episode_stats=stats, iteration=state.iteration + 1)
+        episode_stats, episode_metrics = record_episodes(state.episode_stats, rewards, dones)
+        state = state._replace(episode_stats=episode_stats, iteration=state.iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration
 
 
-def updates_due(step: Array | int, args: Args) -> Array | int:
+def gradient_steps_due(step: Array | int, args: Args) -> Array | int:
     """Gradient steps due after so many environment steps: one at each multiple of train_frequency
     beyond learning_starts. With several environments, some steps pass several multiples, or none.
     """
@@ -429,7 +429,7 @@ def step_and_learn(state: TrainState, env: "Env", replay: Any, tx, args: Args):
     step = state.step + args.num_envs
     sums = dict.fromkeys(("losses/td_loss", "losses/q_values"), jnp.float32(0.0))
     carry = (state.agent, state.target, state.opt_state, priorities, sums)
-    due_before, due = updates_due(state.step, args), updates_due(step, args)
+    due_before, due = gradient_steps_due(state.step, args), gradient_steps_due(step, args)
     carry = jax.lax.fori_loop(due_before, due, gradient_step, carry)
     agent, target, opt_state, priorities, sums = carry
     state = state._replace(

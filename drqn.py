@@ -551,12 +551,12 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         acting, batch = rollout(agent, env, acting, epsilon, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         done = batch.terminated | batch.truncated
-        stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
+        episode_stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
         if opened is not memory:  # acting went on in another form than learning starts from
             acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         state = store(state, replay, recorded(memory, batch, acting), args)
         state, metrics = learn(state, replay, tx, step, update_key, args)
-        state = state._replace(acting=acting, episode_stats=stats, key=key)
+        state = state._replace(acting=acting, episode_stats=episode_stats, key=key)
         state = state._replace(iteration=state.iteration + 1)
         return state, metrics | {"charts/epsilon": epsilon} | episode_metrics
 
@@ -572,7 +572,7 @@ def store(state: TrainState, replay: Any, sequences: Sequence, args: Args) -> Tr
     return state._replace(buffer=replay.add(state.buffer, sequences), priorities=priorities)
 
 
-def updates_due(step: Array | int, args: Args) -> Array | int:
+def gradient_steps_due(step: Array | int, args: Args) -> Array | int:
     """Gradient steps due after so many environment steps: one at each multiple of train_frequency
     beyond learning_starts. With several environments, some steps pass several multiples, or none.
     """
@@ -598,8 +598,8 @@ def learn(state: TrainState, replay: Any, tx, step: Array, key: Array, args: Arg
             priorities = priorities.at[positions].set(priority)
         return *learner, priorities, jax.tree.map(jnp.add, sums, metrics)
 
-    due_before = updates_due(step, args)
-    due = updates_due(step + args.num_envs * args.num_steps, args)
+    due_before = gradient_steps_due(step, args)
+    due = gradient_steps_due(step + args.num_envs * args.num_steps, args)
     sums = dict.fromkeys(("losses/td_loss", "losses/q_values"), jnp.float32(0.0))
     carry = (state.agent, state.target, state.opt_state, state.priorities, sums)
     carry = jax.lax.fori_loop(due_before, due, gradient_step, carry)

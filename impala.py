@@ -384,12 +384,10 @@ def make_train(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Call
         agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
         acting = tuple(Acting(*env.reset(env_keys[k])) for k, env in enumerate(envs))
         acting_agent = jax.tree.map(jnp.copy, agent)
-        stats, keys = (
-            EpisodeStats(jnp.zeros((args.num_envs, 2))),
-            jax.random.split(actor_key, len(envs)),
-        )
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        keys = jax.random.split(actor_key, len(envs))
         return TrainState(
-            agent, acting_agent, tx.init(agent), acting, stats, tuple(keys), jnp.int32(0)
+            agent, acting_agent, tx.init(agent), acting, episode_stats, tuple(keys), jnp.int32(0)
         )
 
     def actor(env, agent, acting, key):
@@ -398,10 +396,10 @@ def make_train(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Call
         return acting, key, batch
 
     def learner(state: TrainState, acting: tuple, keys: tuple, batches: tuple):
-        agent, _, opt_state, _, stats, _, iteration = state
+        agent, _, opt_state, _, episode_stats, _, iteration = state
         batch = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *batches)  # [T, B, ...]
         assert batch.reward.shape == (args.num_steps, args.num_envs)
-        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, batch.reward, batch.done)
         progress = args.anneal_lr * iteration / args.num_iterations
         learning_rate = args.learning_rate * (1.0 - progress)
         last_obs = jnp.concatenate([one.obs for one in acting])
@@ -409,8 +407,8 @@ def make_train(args: Args, *envs: "Env") -> tuple[Callable, list[Callable], Call
             agent, opt_state, tx, learning_rate, batch, last_obs, args
         )
         metrics |= {"charts/learning_rate": learning_rate} | episode_metrics
-        state = TrainState(agent, state.agent, opt_state, acting, stats, keys, iteration + 1)
-        return state, metrics
+        rest = (acting, episode_stats, keys, iteration + 1)
+        return TrainState(agent, state.agent, opt_state, *rest), metrics
 
     return init, [partial(actor, env) for env in envs], learner
 

@@ -324,15 +324,16 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
         agent = Agent(env.obs_shape, env.action_size, args.hidden_size, nnx.Rngs(agent_key))
-        acting, stats = Acting(*env.reset(env_key)), EpisodeStats(jnp.zeros((args.num_envs, 2)))
-        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
+        acting = Acting(*env.reset(env_key))
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        return TrainState(agent, tx.init(agent), acting, episode_stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, stats, key, iteration = state
+        agent, opt_state, acting, episode_stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
-        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, batch.reward, batch.done)
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
@@ -348,7 +349,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         learner, data = (agent, opt_state, tx, learning_rate), (batch, advantages, returns)
         agent, opt_state, metrics = update(*learner, data, update_key, args)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
+        state = TrainState(agent, opt_state, acting, episode_stats, key, iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration

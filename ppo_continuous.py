@@ -394,17 +394,18 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         acting = Acting(*env.reset(env_key), jnp.zeros(args.num_envs))
         obs_stats = init_running(env.obs_shape) if args.norm_obs else None
         return_stats = init_running(()) if args.norm_reward else None
-        stats = (EpisodeStats(jnp.zeros((args.num_envs, 2))), obs_stats, return_stats)
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        stats = (episode_stats, obs_stats, return_stats)
         return TrainState(agent, tx.init(agent), acting, *stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, stats, obs_stats, return_stats, key, iteration = state
+        agent, opt_state, acting, episode_stats, obs_stats, return_stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         # The statistics (details c6 and c7) stay as they are until the update is done: ratio 1.
         policy = lambda obs: agent(normalize(obs, obs_stats))
         acting, batch = rollout(policy, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
-        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, batch.reward, batch.done)
 
         rewards, discounted, return_stats = normalize_rewards(
             batch.reward, batch.done, acting.discounted, return_stats, args.gamma
@@ -427,7 +428,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
         if args.norm_obs:
             obs_stats = update_running(obs_stats, batch.obs)
-        acting, stats = acting._replace(discounted=discounted), (stats, obs_stats, return_stats)
+        acting = acting._replace(discounted=discounted)
+        stats = (episode_stats, obs_stats, return_stats)
         state = TrainState(agent, opt_state, acting, *stats, key, iteration + 1)
         return state, metrics | episode_metrics
 

@@ -325,7 +325,7 @@ class Layer(nnx.Module):
             self.positions = nnx.Embed(self.distances, dim, rngs=rngs)  # W r, any vectors
         else:
             self.positions = None
-        self.attended = linear(dim, dim, 1.0, rngs)
+        self.attention_output = linear(dim, dim, 1.0, rngs)
         self.hidden = linear(dim, dim, 2**0.5, rngs)
         self.output = linear(dim, dim, 1.0, rngs)
         self.gate_1, self.gate_2 = [Gate(dim, args.gate_bias, rngs) for _ in range(2)]
@@ -354,7 +354,7 @@ class Layer(nnx.Module):
 
     def feed_forward(self, x: Array, attended: Array) -> Array:
         """x and what it attended to, both [..., D] -> x for the next layer."""
-        x = self.gate_1(x, nnx.relu(self.attended(attended)))
+        x = self.gate_1(x, nnx.relu(self.attention_output(attended)))
         return self.gate_2(
             x, nnx.relu(self.output(nnx.relu(self.hidden(norm(x).astype(self.dtype)))))
         )
@@ -511,9 +511,9 @@ def remember(agent: Agent, memory, batch: Transition, length: int) -> tuple[Any,
     """One more pass over what was seen, from memory [B, ...] on -> the memory after it, and those before
     each sequence of this length, [K B, ...].
     """
-    cut = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
+    to_windows = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
     advance = lambda memory, window: (agent.unroll(memory, *window)[0], memory)
-    memory, starts = jax.lax.scan(advance, memory, (cut(batch.obs), cut(batch.reset)))
+    memory, starts = jax.lax.scan(advance, memory, (to_windows(batch.obs), to_windows(batch.reset)))
     return memory, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
@@ -601,17 +601,17 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
         acting = Acting(env_state, obs, reset, memory)
-        stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
-        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        return TrainState(agent, tx.init(agent), acting, episode_stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, stats, key, iteration = state
+        agent, opt_state, acting, episode_stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         memory = acting.memory
         acting = acting._replace(memory=agent.open(memory))
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
-        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, batch.reward, batch.done)
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
@@ -630,7 +630,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent, opt_state, metrics = update(*learner, starts, data, update_key, args)
         acting = acting._replace(memory=memory)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
+        state = TrainState(agent, opt_state, acting, episode_stats, key, iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration

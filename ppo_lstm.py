@@ -99,7 +99,9 @@ class Args:
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     recompute_carries: bool = False  # after each update, with the new agent
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
-    chrono_length: int = 0  # longest memory to begin with in steps, 0: some 3 in all cells
+    chrono_length: int = (
+        0  # longest memory to begin with in steps, 0: some 3 in all cells
+    )
     hidden_size: int = 64  # width of the encoder and of the LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
@@ -404,16 +406,16 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
         acting = Acting(env_state, obs, reset, memory)
-        stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
-        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs, 2)))
+        return TrainState(agent, tx.init(agent), acting, episode_stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, stats, key, iteration = state
+        agent, opt_state, acting, episode_stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         memory = acting.memory
         acting, batch = rollout(agent, env, acting, rollout_key, args.num_steps)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
-        stats, episode_metrics = record_episodes(stats, batch.reward, batch.done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, batch.reward, batch.done)
 
         # Where a time limit cut the episode: r' = r + gamma V(next_obs).
         rewards = args.reward_scale * batch.reward + args.gamma * batch.final_value
@@ -431,7 +433,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         if args.recompute_carries:  # what acted is stale: what the new agent would remember
             acting = acting._replace(memory=agent.unroll(memory, batch.obs, batch.reset)[0])
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
+        state = TrainState(agent, opt_state, acting, episode_stats, key, iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration

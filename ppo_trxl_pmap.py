@@ -112,9 +112,6 @@ class Args:
     coordinator_address: str | None = None  # host:port of process 0, if there are several
     num_processes: int | None = None  # how many, None: as SLURM says, or just this one
     process_id: int | None = None  # which of them this is, None: as SLURM says
-    coordinator_address: str | None = None  # host:port of process 0, if there are several
-    num_processes: int | None = None  # how many, None: as SLURM says, or just this one
-    process_id: int | None = None  # which of them this is, None: as SLURM says
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
     eval_env_id: str | None = None  # where to play them, if not in env_id
@@ -315,7 +312,7 @@ class Layer(nnx.Module):
             self.positions = nnx.Embed(self.distances, dim, rngs=rngs)  # W r, any vectors
         else:
             self.positions = None
-        self.attended = linear(dim, dim, 1.0, rngs)
+        self.attention_output = linear(dim, dim, 1.0, rngs)
         self.hidden = linear(dim, dim, 2**0.5, rngs)
         self.output = linear(dim, dim, 1.0, rngs)
 
@@ -343,7 +340,7 @@ class Layer(nnx.Module):
 
     def feed_forward(self, x: Array, attended: Array) -> Array:
         """x and what it attended to, both [..., D] -> x for the next layer."""
-        x = x + self.attended(attended)
+        x = x + self.attention_output(attended)
         return x + self.output(nnx.relu(self.hidden(norm(x).astype(self.dtype))))
 
     def unroll(self, x: Array, remembered: Array, visible: Array) -> tuple[Array, Array]:
@@ -498,9 +495,9 @@ def remember(agent: Agent, memory, batch: Transition, length: int) -> tuple[Any,
     """One more pass over what was seen, from memory [B, ...] on -> the memory after it, and those before
     each sequence of this length, [K B, ...].
     """
-    cut = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
+    to_windows = lambda x: x.reshape(-1, length, *x.shape[1:])  # [T, B, ...] -> [K, W, B, ...]
     advance = lambda memory, window: (agent.unroll(memory, *window)[0], memory)
-    memory, starts = jax.lax.scan(advance, memory, (cut(batch.obs), cut(batch.reset)))
+    memory, starts = jax.lax.scan(advance, memory, (to_windows(batch.obs), to_windows(batch.reset)))
     return memory, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), starts)
 
 
@@ -596,11 +593,11 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         env_state, obs = env.reset(env_key)
         reset, memory = jnp.ones(args.num_envs, bool), agent.initial_memory(args.num_envs)
         acting = Acting(env_state, obs, reset, memory)
-        stats = EpisodeStats(jnp.zeros((args.num_envs * jax.device_count(), 2)))
-        return TrainState(agent, tx.init(agent), acting, stats, key, jnp.int32(0))
+        episode_stats = EpisodeStats(jnp.zeros((args.num_envs * jax.device_count(), 2)))
+        return TrainState(agent, tx.init(agent), acting, episode_stats, key, jnp.int32(0))
 
     def train_iteration(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        agent, opt_state, acting, stats, key, iteration = state
+        agent, opt_state, acting, episode_stats, key, iteration = state
         rollout_key, update_key, key = jax.random.split(key, 3)
         device = jax.lax.axis_index("devices")
         rollout_key, update_key = (jax.random.fold_in(x, device) for x in (rollout_key, update_key))
@@ -619,7 +616,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         gathered = (batch.reward, batch.done, batch.value, returns)
         gathered = jax.lax.all_gather(gathered, "devices", axis=1, tiled=True)
         reward, done, value, all_returns = gathered  # [T, B of all devices]
-        stats, episode_metrics = record_episodes(stats, reward, done)
+        episode_stats, episode_metrics = record_episodes(episode_stats, reward, done)
         explained = 1.0 - jnp.var(all_returns - value) / (jnp.var(all_returns) + 1e-8)
 
         progress = args.anneal_lr * iteration / args.num_iterations
@@ -630,7 +627,7 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         agent, opt_state, metrics = update(*learner, starts, data, update_key, args)
         acting = acting._replace(memory=memory)
         metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learning_rate}
-        state = TrainState(agent, opt_state, acting, stats, key, iteration + 1)
+        state = TrainState(agent, opt_state, acting, episode_stats, key, iteration + 1)
         return state, metrics | episode_metrics
 
     whole, shared_out = PartitionSpec(), PartitionSpec("devices")

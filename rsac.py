@@ -607,13 +607,13 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         acting, batch = rollout(actor, env, acting, random, rollout_key, args)
         assert batch.reward.shape == (args.num_steps, args.num_envs)  # [T, B]
         done = batch.terminated | batch.truncated
-        stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
+        episode_stats, episode_metrics = record_episodes(state.episode_stats, batch.reward, done)
         pairs = zip((actor, critic), memory, strict=True)
         after = [part.history.unroll(own, batch.obs, batch.reset)[0] for part, own in pairs]
         acting = acting._replace(memory=Memories(*after))
         buffer = replay.add(state.buffer, recorded(memory, batch, acting))
         learner, metrics = learn(state.learner, replay, buffer, txs, step, update_key, args)
-        state = TrainState(learner, buffer, acting, stats, key, state.iteration + 1)
+        state = TrainState(learner, buffer, acting, episode_stats, key, state.iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration

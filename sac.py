@@ -500,8 +500,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
         number = updates - gradient_steps_due(state.step - args.num_envs * args.num_steps, args)
         metrics = {name: x.sum() / jnp.maximum(number, 1) for name, x in sums.items()}
         metrics |= {"charts/updates": updates}
-        stats, episode_metrics = record_episodes(state.episode_stats, rewards, dones)
-        state = state._replace(episode_stats=stats, iteration=state.iteration + 1)
+        episode_stats, episode_metrics = record_episodes(state.episode_stats, rewards, dones)
+        state = state._replace(episode_stats=episode_stats, iteration=state.iteration + 1)
         return state, metrics | episode_metrics
 
     return init, train_iteration

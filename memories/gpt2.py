@@ -79,7 +79,7 @@ class Layer(nnx.Module):
         weights = lambda std: {"kernel_init": nnx.initializers.normal(std), "rngs": rngs}
         self.query = nnx.Linear(size, size, **weights(0.02))
         self.key_value = nnx.Linear(size, 2 * size, **weights(0.02))
-        self.attended = nnx.Linear(size, size, **weights(0.02 / (2 * layers) ** 0.5))
+        self.attention_output = nnx.Linear(size, size, **weights(0.02 / (2 * layers) ** 0.5))
         self.hidden = nnx.Linear(size, 4 * size, **weights(0.02))
         self.output = nnx.Linear(4 * size, size, **weights(0.02 / (2 * layers) ** 0.5))
         self.norm_1, self.norm_2 = [nnx.LayerNorm(size, rngs=rngs) for _ in range(2)]
@@ -95,7 +95,8 @@ class Layer(nnx.Module):
         query = self.query(self.norm_1(x)).reshape(*x.shape[:2], *keys.shape[2:])
         scores = jnp.einsum("bthd,bshd->bhts", query, keys) * keys.shape[-1] ** -0.5
         weights = nnx.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
-        x = x + self.attended(jnp.einsum("bhts,bshd->bthd", weights, values).reshape(x.shape))
+        attended = jnp.einsum("bhts,bshd->bthd", weights, values).reshape(x.shape)
+        x = x + self.attention_output(attended)
         return x + self.output(nnx.gelu(self.hidden(self.norm_2(x))))
 
 

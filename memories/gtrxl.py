@@ -78,7 +78,7 @@ class Layer(nnx.Module):
         )
         self.query, self.key_value, self.positions = make(size), make(2 * size), make(size)
         self.content_bias, self.position_bias = [nnx.Param(jnp.zeros(size)) for _ in "uv"]
-        self.attended, self.hidden, self.output = make(size), make(size, root), make(size)
+        self.attention_output, self.hidden, self.output = make(size), make(size, root), make(size)
         self.gate_1, self.gate_2 = [Gate(size, gate_bias, rngs) for _ in range(2)]
 
     def split(self, x: Array) -> Array:
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
         scores += shift(jnp.einsum("bthd,ohd->bhto", with_v, r))
         weights = nnx.softmax(jnp.where(visible[:, None], scores, -jnp.inf))
         attended = jnp.einsum("bhts,bshd->bthd", weights, values).reshape(x.shape)
-        x = self.gate_1(x, nnx.relu(self.attended(attended)))
+        x = self.gate_1(x, nnx.relu(self.attention_output(attended)))
         return self.gate_2(x, nnx.relu(self.output(nnx.relu(self.hidden(norm(x))))))
 
 

@@ -48,6 +48,8 @@ VARY = {
     "evaluate": "an agent with memory carries it along",
     "check_env": "names the sibling to use instead",
     "ppo_trxl_pmap.py: main": "joins processes, and shares the environments out to devices",
+    "dqn.py: gradient_steps_due": "at multiples of a frequency; in sac.py and those after it, a ratio",
+    "drqn.py: gradient_steps_due": "as in dqn.py: it has no commentary of its own (docs/build.py)",
     "CALL_STEPS": "off-policy, an iteration is as long as a row should be",
     "impala.py: main": "starts actor threads",
     "impala_lstm.py: main": "likewise, as impala.py does (tests/test_impala.py)",

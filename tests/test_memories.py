@@ -855,7 +855,7 @@ def test_the_gtrxl_is_ppo_gtrxl_s():
     agent = jax.jit(ppo_gtrxl.make_train(args, real_env("ppo_gtrxl"))[0])(jax.random.key(0)).agent
     module, (x, reset) = make("gtrxl"), inputs()
     for theirs, ours in zip(agent.layers, module.layers, strict=True):
-        for part in ("query", "key_value", "positions", "attended", "hidden", "output"):
+        for part in ("query", "key_value", "positions", "attention_output", "hidden", "output"):
             for kind in ("kernel", "bias"):
                 getattr(getattr(theirs, part), kind)[...] = getattr(getattr(ours, part), kind)[...]
         theirs.content_bias[...] = ours.content_bias[...]

@@ -134,7 +134,7 @@ def test_schedules_do_not_depend_on_the_number_of_environments(
             if done > args.learning_starts and done % train_frequency == 0:
                 due = done // target_frequency > (done - train_frequency) // target_frequency
                 expected.append((done, due))
-        assert dqn.updates_due(state.step, args) == len(expected) == len(events)
+        assert dqn.gradient_steps_due(state.step, args) == len(expected) == len(events)
     assert [(int(due_at), bool(copied)) for due_at, copied, _ in events] == expected
     assert all(bool(same) for _, copied, same in events if copied)
     assert sum(copied for _, copied in expected) > 3 and state.step == done
