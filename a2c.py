@@ -303,6 +303,7 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
+    # eps 1e-5 as in ppo.py; the off-policy scripts keep Adam's own 1e-8.
     tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # without a step size: `update`
 
     def init(key: Array) -> TrainState:
@@ -394,7 +395,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one

@@ -347,6 +347,7 @@ class TrainState(NamedTuple):
 
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
+    # eps stays Adam's own 1e-8: the 1e-5 of ppo.py is a detail of PPO.
     tx = optax.scale_by_adam()  # without a step size: `update`
     if args.max_grad_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), tx)
@@ -509,7 +510,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one

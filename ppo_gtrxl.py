@@ -593,7 +593,8 @@ class TrainState(NamedTuple):
 def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
     """-> init(key) -> state, and train_iteration(state) -> (state, metrics)."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)  # detail 11
-    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # detail 3; without a step size: `update`
+    # eps 1e-5 as the first PPO had it (detail 3); the off-policy scripts keep Adam's own 1e-8.
+    tx = optax.chain(clip, optax.scale_by_adam(eps=1e-5))  # without a step size: `update`
 
     def init(key: Array) -> TrainState:
         agent_key, env_key, key = jax.random.split(key, 3)
@@ -658,6 +659,7 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
 
     @jax.jit  # so that it is traced once
     def epoch(learner, key):
+        # Cheaper than random.permutation; equal bits, which are rare, keep their order: no harm.
         order = jnp.argsort(jax.random.bits(key, (args.num_windows,)))  # random (detail 6)
         indices = order.reshape(args.num_minibatches, -1)  # [N, S]
         learner, metrics = jax.lax.scan(minibatch_step, learner, indices)
@@ -725,7 +727,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one

@@ -488,6 +488,7 @@ def update(agent, opt_state, tx, learning_rate, memory, data, key, args: Args):
         return (agent, opt_state), metrics
 
     def epoch(learner, key):
+        # Cheaper than random.permutation; equal bits, which are rare, keep their order: no harm.
         order = jnp.argsort(jax.random.bits(key, (args.num_envs,)))  # random
         return jax.lax.scan(minibatch_step, learner, order.reshape(args.num_minibatches, -1))
 
@@ -545,7 +546,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one

@@ -597,6 +597,7 @@ def make_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     rate = lambda lr: optax.linear_schedule(lr, 0.0, updates) if args.anneal_lr else lr
 
     def adam(lr):
+        # eps stays Adam's own 1e-8: the 1e-5 of ppo.py is a detail of PPO.
         if args.max_grad_norm is None:
             return optax.adam(rate(lr))
         return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate(lr)))
@@ -701,7 +702,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one

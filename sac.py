@@ -36,7 +36,8 @@ Differs from dqn.py in: continuous actions, so an actor takes the place of the m
 of its actions is rewarded; two critics, of which the smaller value counts.
 
 Differs from the papers: normalised observations are clipped to 10, a policy's log standard deviation
-is squashed into [-5, 2] (SimBa: [-10, 2]), and a time limit is not taken for the end of the task
+is squashed into [-5, 2] (SimBa: [-10, 2]) by heads whose first weights have scale 0.01 (SimBa: 1),
+alpha begins at 1 (SimBa wants --alpha 0.01), and a time limit is not taken for the end of the task
 (arXiv:1712.00378).
 """
 
@@ -513,6 +514,7 @@ def make_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     rate = lambda lr: optax.linear_schedule(lr, 0.0, updates) if args.anneal_lr else lr
 
     def adamw(lr):
+        # eps stays Adam's own 1e-8: the 1e-5 of ppo.py is a detail of PPO.
         tx = optax.adamw(rate(lr), weight_decay=args.weight_decay)
         if args.max_grad_norm is None:
             return tx
@@ -684,7 +686,7 @@ class Timestep(NamedTuple):
 class Env(NamedTuple):
     """A batch of environments as two pure functions; no action bounds where actions are discrete."""
 
-    reset: Callable  # key -> env_state, obs
+    reset: Callable  # key -> env_state, obs; each leaf of both is [B, ...] if it is not hosted
     step: Callable  # key, env_state, action -> env_state, Timestep
     obs_shape: tuple[int, ...]  # of one environment: a vector, or an image [H, W, C]
     action_size: int  # number of discrete actions, or of entries of a continuous one
