@@ -931,7 +931,7 @@ def plot_curve(run_dir: Path) -> None:
         curve = np.atleast_1d(rows)[rows["seed"] == seed]
         axes.plot(curve["step"], curve["charts/episodic_return"], label=f"seed {seed:.0f}")
     axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes")
-    axes.legend(title=run_dir.resolve().name)
+    axes.legend(handles=axes.lines[:10], title=run_dir.resolve().name)  # of many seeds, the first
     axes.figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 

@@ -187,6 +187,20 @@ def test_the_packages_that_a_script_names_are_enough(name, tmp_path):
 
 
 @pytest.mark.thorough
+def test_thirty_two_seeds_learn_in_one_program_and_are_drawn(tmp_path):
+    """Of MinAtar's Breakout, where random play has half a point and each of these had 4 or more."""
+    flags = "--num-seeds 32 --total-timesteps 65536 --num-envs 16 --exploration-fraction 0.3"
+    flags = [*flags.split(), "--eval-episodes", 20, "--run-dir", "here"]
+    done = run(*flags, cwd=tmp_path, script=SCRIPT.with_name("pqn.py"), XLA_FLAGS="")
+    assert done.returncode == 0 and "Warning" not in done.stderr, (
+        done.stderr
+    )  # a legend of 32 lines
+    seeds = json.loads((tmp_path / "here/evaluation.json").read_text())["seeds"]
+    means = [seed["mean"] for seed in seeds]
+    assert len(set(means)) > 10 and min(means) > 2
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["ppo", "a2c", "ppo_gtrxl", "ppo_trxl_pmap"])  # others: see below
 def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path / "mine.py")
