@@ -22,7 +22,7 @@ from record import metrics_of, parse_tasks, run_script, show, write
 from tasks import FAULT_STEPS, MINATAR
 from tasks import TASKS as SCORED
 
-ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5, "replay_speed": 5}
+ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5, "replay_speed": 5, "lstm_speed": 10}
 REPLAY_FLAGS = ("prioritized_replay", "linear_decay_sampling", "monitor_gradients")
 REPLAY_CASES = {"none": ()} | {flag: (flag,) for flag in REPLAY_FLAGS} | {"all": REPLAY_FLAGS}
 TRXL = {"env_kwargs": '{"memory_length": 5}', "num_envs": 512, "num_steps": 128}
@@ -266,17 +266,39 @@ def replay_speed() -> Iterator[dict]:
             args = sac.Args(buffer_size=size, **dict.fromkeys(flags, True))
             train, state = our_training(sac, args)
             trains[size, case] = train, train(state, 6)  # the first 1,000 steps are random
-    for number in range(ROUNDS["replay_speed"]):
-        for (size, case), (train, state) in trains.items():
+    for number, (size, case), seconds in in_turns(
+        trains, "replay_speed", 5
+    ):  # of 200 gradient steps
+        row = {"buffer_size": size, "flags": case, "round": number}
+        yield row | {"gradient_steps_per_second": round(1_000 / seconds)}
+
+
+def lstm_speed() -> Iterator[dict]:
+    """What rppo.py's choice of a memory costs: its steps/s with an LSTM and those of ppo_lstm.py, on
+    CartPole, in turns."""
+    trains = {}
+    for name, fields in (("ppo_lstm", {}), ("rppo", {"memory": "lstm"})):
+        script = our_script(name)
+        args = script.Args(total_timesteps=10**9, **fields)
+        train, state = our_training(script, args)
+        trains[name] = train, train(state, 5)
+    for number, name, seconds in in_turns(trains, "lstm_speed", 20):
+        steps = 20 * args.num_envs * args.num_steps  # the same in both
+        yield {"script": f"{name}.py", "round": number, "steps_per_second": round(steps / seconds)}
+
+
+def in_turns(trains: dict, task: str, calls: int) -> Iterator[tuple]:
+    """Name -> training, state; goes on with each for so many iterations -> round, name, seconds."""
+    for number in range(ROUNDS[task]):
+        for name, (train, state) in trains.items():
             start = time.perf_counter()
-            state = train(state, 5)  # of 200 gradient steps each
+            state = train(state, calls)
             int(state.iteration)
-            seconds, trains[size, case] = time.perf_counter() - start, (train, state)
-            row = {"buffer_size": size, "flags": case, "round": number}
-            yield row | {"gradient_steps_per_second": round(1_000 / seconds)}
+            seconds, trains[name] = time.perf_counter() - start, (train, state)
+            yield number, name, seconds
 
 
-FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed, replay_speed)
+FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed, replay_speed, lstm_speed)
 TASKS = {function.__name__: function for function in FUNCTIONS}
 TASKS |= {f"pqn_fault_{game.lower()}": partial(pqn_fault, game) for game in MINATAR}
 
