@@ -528,6 +528,7 @@ TASKS = {
     "ppo_speed": Comparison("sbx", LANDER_PROGRAMS, [{"steps": 131_072}]),
     "sac_speed_pendulum": beside_sbx("sac", *PENDULUM),
     "sac_speed_halfcheetah": beside_sbx("sac", *HALFCHEETAH),
+    "td3_speed_halfcheetah": beside_sbx("td3", *HALFCHEETAH),
     "memory_speed": Comparison("memorax", MEMORY_PROGRAMS, [{}]),
     "sequence_speed": Comparison("memorax", SEQUENCE_PROGRAMS, [{}]),
     "cartpole_speed": Comparison(OLD, cartpole_programs(OLD), NUM_ENVS, wide=True),
