@@ -26,7 +26,7 @@ Details of PPO".
     python rppo_continuous.py --memory s5                        # memories/s5.py instead of the LSTM here
     python rppo_continuous.py --burn-in 8 --recompute-advantages
 
-Expected on Pendulum-v1 without the velocity, on two CPU cores: greedy return -159 +- 10 after 500k
+Expected on Pendulum-v1 without the velocity, on two CPU cores: greedy return -165 +- 12 after 500k
 steps (mean and std of 10 seeds, 100 episodes each); --target-return -200 ends 15 s after the launch.
 
 Differs from rppo.py in: actor and critic have a memory each, by default an LSTM; the policy is a Gaussian

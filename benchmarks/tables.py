@@ -345,8 +345,9 @@ def fill(text: str) -> str:
     tables |= {"trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
     tables |= {"halfcheetah speed": halfcheetah_table()}
-    for task in ("pendulum", "halfcheetah"):
-        tables[f"sac speed {task}"] = two_programs(f"sac_speed_{task}", "sac.py", "sbx", "SBX")
+    for script, task in (("sac", "pendulum"), ("sac", "halfcheetah"), ("td3", "halfcheetah")):
+        name = f"{script}_speed_{task}"
+        tables[name.replace("_", " ")] = two_programs(name, f"{script}.py", "sbx", "SBX")
     tables |= {f"{name} speed": pairs_table(f"{name}_speed") for name in ("memory", "sequence")}
     if read("accelerator"):
         tables["accelerator"] = accelerator_table()
