@@ -3,7 +3,7 @@
     python benchmarks/accelerator.py ppo_cartpole trxl     # parts, each begun within eight minutes
     python benchmarks/accelerator.py all --minutes 4
     python benchmarks/accelerator.py craftax_learning      # goes on from its checkpoint each time
-    python benchmarks/accelerator.py craftax_learning_lstm
+    python benchmarks/accelerator.py craftax_learning_lstm humanoid_simba
 
 Writes a row of results/accelerator.csv for each case: seconds to trace and compile, environment
 steps/s of all seeds in steady state, peak memory. Each case has a process of its own: one that needs
@@ -12,12 +12,13 @@ next begins. --at-once compile side by side (by default half as many as there ar
 then has more seconds of compiling than alone); when all of them have, they are timed one after the
 other. Cases measured on this device, or too large for it, are not run again; with --again they are.
 What is not begun in these minutes is for the next time. A slice of a long run ends with the minutes
-and writes its whole curve to results/craftax_learning.csv.
+and writes its whole curve to results/long_runs.csv.
 """
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,11 +92,24 @@ def learning(script: str, network: str) -> list[str]:
     ]
 
 
-LEARNING = {  # after 1e9 steps, of the maximum: published 18.3 %; modrax, with an LSTM, says 19.5 %
-    "craftax_learning": learning(
-        "ppo_gtrxl.py", "--memory-length 128 --window-length 64 --embed-dim 256 --num-heads 8"
+SIMBA = (  # the humanoid of the README, up to the million frames that SimBa's scores are given for
+    "--env-id envpool::HumanoidWalk-v1 --block-type simba --norm-obs --actor-hidden-size 128 "
+    "--actor-num-blocks 1 --critic-hidden-size 512 --num-critics 1 --policy-lr 1e-4 --q-lr 1e-4 "
+    "--weight-decay 1e-2 --updates-per-step 2 --target-entropy-scale 0.5 --alpha 0.01 "
+    "--buffer-size 1000000 --learning-starts 5000 --total-timesteps 500000 --eval-episodes 10 "
+    """--num-steps 250 --env-kwargs '{"frame_skip": 10, "max_episode_steps": 500}'"""
+)
+LEARNING = {  # name: the largest return there is, script and flags
+    # After 1e9 steps, of the maximum: published 18.3 %; modrax, with an LSTM, says 19.5 %.
+    "craftax_learning": (
+        CRAFTAX_MAXIMUM,
+        learning(
+            "ppo_gtrxl.py", "--memory-length 128 --window-length 64 --embed-dim 256 --num-heads 8"
+        ),
     ),
-    "craftax_learning_lstm": learning("ppo_lstm.py", "--hidden-size 512"),
+    "craftax_learning_lstm": (CRAFTAX_MAXIMUM, learning("ppo_lstm.py", "--hidden-size 512")),
+    # A reward of at most 1 for each of 500 actions, which count twice in published scores.
+    "humanoid_simba": (500, ["sac.py", *shlex.split(SIMBA)]),
 }
 
 
@@ -179,7 +193,7 @@ def measured_of(row: dict) -> dict:
 
 def learn(name: str, until: float) -> None:
     """A slice of a long run: from its checkpoint, if there is one, to the last minute."""
-    (script, *flags), run = LEARNING[name], RUNS / name
+    (maximum, (script, *flags)), run = LEARNING[name], RUNS / name
     resumed = ["--resume", run] if (run / "config.json").exists() else [*flags, "--run-dir", run]
     process = subprocess.Popen([sys.executable, ROOT / script, *resumed], env=without_xla_flags())
     try:
@@ -190,9 +204,9 @@ def learn(name: str, until: float) -> None:
     if process.returncode not in (0, 130):
         sys.exit(f"{name}: {script} ended with status {process.returncode}, nothing is written")
     origin = {"device": machine(), "part": name}
-    curve = curve_of(metrics_of(run))
+    curve = curve_of(metrics_of(run), maximum)
     if curve:
-        write("craftax_learning", [origin | point for point in curve], *origin)
+        write("long_runs", [origin | point for point in curve], *origin)
         last = {x: curve[-1][x] for x in ("step", "return", "percent")}
         row = origin | {"script": script, "flags": " ".join(flags), "note": json.dumps(last)}
         row |= {"steps_per_second": curve[-1]["steps_per_second"]}
@@ -200,13 +214,13 @@ def learn(name: str, until: float) -> None:
         print(f"{name}: {last}")
 
 
-def curve_of(metrics: list[dict]) -> list[dict]:
+def curve_of(metrics: list[dict], maximum: float) -> list[dict]:
     """Every n-th row up to the last, at most POINTS; seconds are those of all slices."""
     curve = []
     for row in metrics[:: -(1 + len(metrics) // POINTS)][::-1]:
         value = float(row["charts/episodic_return"])
         point = {"step": int(row["step"]), "return": round(value, 3)}
-        point |= {"percent": round(100 * value / CRAFTAX_MAXIMUM, 2), "seconds": row["seconds"]}
+        point |= {"percent": round(100 * value / maximum, 2), "seconds": row["seconds"]}
         curve.append(point | {"steps_per_second": row["charts/SPS"]})
     return curve
 
@@ -229,7 +243,7 @@ def parse(words: list[str]):
 def files(words: list[str]) -> set[str]:
     """The raw files that a command line writes."""
     learns = set(parse(words).parts) & set(LEARNING)
-    return {"accelerator.csv"} | ({"craftax_learning.csv"} if learns else set())
+    return {"accelerator.csv"} | ({"long_runs.csv"} if learns else set())
 
 
 def main(words: list[str]) -> None:

@@ -195,6 +195,7 @@ def test_a_tree_of_products_is_the_loop(name):
 def test_the_tree_is_the_choice_where_there_is_an_accelerator(name, monkeypatch):
     has_tree = lambda module: [m.parallel for m in getattr(module, "layers", [module])]
     make = lambda **kwargs: MEMORIES[name](SIZE, nnx.Rngs(0), **kwargs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert not any(has_tree(make())) and all(has_tree(make(parallel=True)))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert all(has_tree(make())) and not any(has_tree(make(parallel=False)))

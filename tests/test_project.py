@@ -336,10 +336,10 @@ def test_the_flags_of_every_case_for_an_accelerator_are_flags(part):
 
 @pytest.mark.parametrize("name", ACCELERATOR.LEARNING)
 def test_the_flags_of_a_long_run_are_flags(name):
-    script, *flags = ACCELERATOR.LEARNING[name]
+    _, (script, *flags) = ACCELERATOR.LEARNING[name]
     module = importlib.import_module(Path(script).stem)
     module.check_args(tyro.cli(module.Args, args=flags))
-    assert ACCELERATOR.files([name]) == {"accelerator.csv", "craftax_learning.csv"}
+    assert ACCELERATOR.files([name]) == {"accelerator.csv", "long_runs.csv"}
 
 
 def test_the_maximum_of_craftax_is_that_of_its_achievements():
@@ -352,7 +352,7 @@ def test_the_maximum_of_craftax_is_that_of_its_achievements():
 def test_a_curve_has_at_most_a_hundred_points_and_the_last(rows, points):
     row = lambda step: {"step": step, "seconds": "1", "charts/episodic_return": "22.6"}
     metrics = [row(str(step)) | {"charts/SPS": "9"} for step in range(rows)]
-    curve = ACCELERATOR.curve_of(metrics)
+    curve = ACCELERATOR.curve_of(metrics, 226)
     assert len(curve) == points and curve == sorted(curve, key=lambda point: point["step"])
     assert not rows or (curve[-1]["step"], curve[-1]["percent"]) == (rows - 1, 10)
 
@@ -414,7 +414,7 @@ def test_a_case_for_an_accelerator_that_takes_too_long_is_ended(phase, monkeypat
 def test_a_long_run_goes_on_in_slices(tmp_path, monkeypatch):
     """On the CPU, with a tiny run. A slice's last minute comes when there are two new rows."""
     flags = "--env-id gymnax::CartPole-v1 --num-envs 4 --total-timesteps 1000000000".split()
-    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": ["ppo.py", *flags]})
+    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": (500, ["ppo.py", *flags])})
     monkeypatch.setattr(ACCELERATOR, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     run, wait = tmp_path / "runs/tiny", subprocess.Popen.wait
@@ -429,12 +429,12 @@ def test_a_long_run_goes_on_in_slices(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_for_rows)
     other = {"device": record.machine(), "part": "other"}
-    record.write("craftax_learning", [other | {"step": 1}, other | {"step": 2}], *other)
+    record.write("long_runs", [other | {"step": 1}, other | {"step": 2}], *other)
     steps = [[]]
     for _ in range(2):
         ACCELERATOR.main(["tiny"])
         parts = {"tiny": [], "other": []}
-        for row in record.read("craftax_learning"):
+        for row in record.read("long_runs"):
             parts[row["part"]].append(int(row["step"]))
         assert parts["other"] == [1, 2]
         steps.append(parts["tiny"])
@@ -445,7 +445,7 @@ def test_a_long_run_goes_on_in_slices(tmp_path, monkeypatch):
 
 
 def test_a_slice_of_a_long_run_that_crashes_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": ["ppo.py"]})
+    monkeypatch.setattr(ACCELERATOR, "LEARNING", {"tiny": (500, ["ppo.py"])})
     monkeypatch.setattr(ACCELERATOR, "RUNS", tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     run = tmp_path / "tiny"
