@@ -165,8 +165,6 @@ def check_env(env_id: str, env: "Env") -> None:
         fail(f"{env_id} has discrete actions: use dqn.py")
     if not np.isfinite([env.action_low, env.action_high]).all():
         fail(f"the actions of {env_id} have no bounds: use ppo_continuous.py")
-    if len(env.obs_shape) != 1:
-        fail(f"the observations of {env_id} are images, and this script is for vectors")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -175,6 +173,29 @@ def check_env(env_id: str, env: "Env") -> None:
 def linear(in_size: int, out_size: int, scale: float, rngs: nnx.Rngs) -> nnx.Linear:
     """Linear layer with orthogonal weights and zero bias."""
     return nnx.Linear(in_size, out_size, kernel_init=nnx.initializers.orthogonal(scale), rngs=rngs)
+
+
+class CNN(nnx.Module):
+    """The Nature DQN's image encoder, [..., H, W, C] -> [..., F]."""
+
+    def __init__(self, obs_shape: tuple[int, ...], rngs: nnx.Rngs):
+        *size, channels = obs_shape
+        self.windows, layers = ((8, 4), (4, 2), (3, 1)), []
+        for (width, stride), features in zip(self.windows, (32, 64, 64), strict=True):
+            layers.append(linear(width * width * channels, features, 2**0.5, rngs))
+            size, channels = [(n - width) // stride + 1 for n in size], features
+        self.layers = nnx.List(layers)
+        self.out_size = size[0] * size[1] * channels
+
+    def __call__(self, image: Array) -> Array:
+        x = image / 255.0 if image.dtype == jnp.uint8 else image
+        # A convolution, as patches times a matrix: in a loop on a CPU its gradient is much faster.
+        for layer, (width, stride) in zip(self.layers, self.windows, strict=True):
+            rows, cols = [(n - width) // stride * stride + 1 for n in x.shape[-3:-1]]
+            shifts = [(i, j) for i in range(width) for j in range(width)]
+            parts = [x[..., i : i + rows : stride, j : j + cols : stride, :] for i, j in shifts]
+            x = nnx.relu(layer(jnp.concatenate(parts, axis=-1)))  # [..., H', W', features]
+        return x.reshape(*x.shape[:-3], self.out_size)
 
 
 class Layers(nnx.Module):
@@ -224,30 +245,36 @@ class SimBa(nnx.Module):
 
 
 class Actor(nnx.Module):
-    """A deterministic policy."""
+    """A deterministic policy; images pass an encoder."""
 
-    def __init__(self, obs_size: int, action_size: int, args: Args, rngs: nnx.Rngs):
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
+        self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
+        in_size = self.encoder.out_size if self.encoder else obs_shape[0]
         body = {"mlp": Layers, "simba": SimBa}[args.block_type]
-        self.body = body(obs_size, args.actor_hidden_size, args.actor_num_blocks, rngs)
+        self.body = body(in_size, args.actor_hidden_size, args.actor_num_blocks, rngs)
         self.head = linear(args.actor_hidden_size, action_size, 0.01, rngs)
 
     def __call__(self, obs: Array) -> Array:
-        """Observations [..., obs_size] -> actions [..., A] in [-1, 1]."""
-        return nnx.tanh(self.head(self.body(obs)))
+        """Observations [..., *obs_shape] -> actions [..., A] in [-1, 1]."""
+        return nnx.tanh(self.head(self.body(self.encoder(obs) if self.encoder else obs)))
 
 
 class Critic(nnx.Module):
-    """num_critics networks that value observation and action, each with its own first weights."""
+    """num_critics networks that value observation and action, each with its own first weights; on
+    images they share an encoder, which the actor does not.
+    """
 
-    def __init__(self, obs_size: int, action_size: int, args: Args, rngs: nnx.Rngs):
+    def __init__(self, obs_shape: tuple[int, ...], action_size: int, args: Args, rngs: nnx.Rngs):
+        self.encoder = CNN(obs_shape, rngs) if len(obs_shape) == 3 else None
+        in_size = (self.encoder.out_size if self.encoder else obs_shape[0]) + action_size
         body, size = {"mlp": Layers, "simba": SimBa}[args.block_type], args.critic_hidden_size
-        numbers, in_size = range(args.num_critics), obs_size + action_size
+        numbers = range(args.num_critics)
         self.bodies = nnx.List([body(in_size, size, args.critic_num_blocks, rngs) for _ in numbers])
         self.heads = nnx.List([linear(size, 1, 1.0, rngs) for _ in numbers])
 
     def __call__(self, obs: Array, action: Array) -> Array:
-        """obs [M, obs_size], action [M, A], in [-1, 1] -> values [num_critics, M]."""
-        x = jnp.concatenate([obs, action], axis=-1)
+        """obs [M, *obs_shape], action [M, A], in [-1, 1] -> values [num_critics, M]."""
+        x = jnp.concatenate([self.encoder(obs) if self.encoder else obs, action], axis=-1)
         pairs = zip(self.bodies, self.heads, strict=True)
         return jnp.stack([head(body(x))[..., 0] for body, head in pairs])
 
@@ -259,16 +286,16 @@ class Acting(NamedTuple):
     """What goes on from one step to the next."""
 
     env_state: Any
-    obs: Array  # [B, obs_size], what to act on next
+    obs: Array  # [B, *obs_shape], what to act on next
 
 
 class Transition(NamedTuple):
     """What the replay buffer keeps of a step."""
 
-    obs: Array  # [B, obs_size], not normalised
+    obs: Array  # [B, *obs_shape], not normalised
     action: Array  # [B, A], in [-1, 1]
     reward: Array  # [B]
-    next_obs: Array  # [B, obs_size], where the action led, also where it ended the episode
+    next_obs: Array  # [B, *obs_shape], where the action led, also where it ended the episode
     terminated: Array  # [B], the task ended: unlike a time limit, this cuts the bootstrap
 
 
@@ -429,8 +456,8 @@ def make_train(args: Args, env: "Env") -> tuple[Callable, Callable]:
 
     def init(key: Array) -> TrainState:
         actor_key, critic_key, env_key, key = jax.random.split(key, 4)
-        actor = Actor(env.obs_shape[0], env.action_size, args, nnx.Rngs(actor_key))
-        critic = Critic(env.obs_shape[0], env.action_size, args, nnx.Rngs(critic_key))
+        actor = Actor(env.obs_shape, env.action_size, args, nnx.Rngs(actor_key))
+        critic = Critic(env.obs_shape, env.action_size, args, nnx.Rngs(critic_key))
         opt_states = {"actor": txs["actor"].init(actor), "critic": txs["critic"].init(critic)}
         targets = jax.tree.map(jnp.copy, (actor, critic))
         acting, action = Acting(*env.reset(env_key)), jnp.zeros(env.action_size)

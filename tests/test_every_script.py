@@ -73,21 +73,49 @@ def test_probe_time_limit(name):
 @pytest.mark.parametrize("name", quick(sorted(set(SCRIPTS) - set(MEMORY) - set(SEQUENCES)), "dqn"))
 def test_probe_policy(name):
     """One step: the best action is the bit that is seen, or plus or minus a half by it."""
+    learned = learn_probe(name, lambda time, bit: bit, following(name), **ONE_STEP)
+    assert_follows(name, learned.act(ZERO_ONE))
+    assert learned.value(ZERO_ONE).min() > 0.6
 
-    def reward(time, bit, action):
-        if name in CONTINUOUS:
-            return 1.0 - 4.0 * (action - jnp.where(bit, 0.5, -0.5)) ** 2
-        return jnp.where(action == bit, 1.0, -1.0)
 
-    learned = learn_probe(
-        name, lambda time, bit: bit, reward, terminated=lambda time, bit: time >= 1
-    )
-    actions = learned.act(ZERO_ONE)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_probe_policy_on_screens(name):
+    """The same, where the bit lights the right half of a screen instead of the left one."""
+    screens = jnp.zeros((2, 36, 36, 1), jnp.uint8).at[0, :, :18].set(255).at[1, :, 18:].set(255)
+    show = lambda obs: screens[obs[:, 0].astype(int)]
+    continuous = name in CONTINUOUS
+    env = probe(lambda time, bit: bit, following(name), continuous=continuous, **ONE_STEP)
+
+    def reset(key):
+        state, obs = env.reset(key)
+        return state, show(obs)
+
+    def step(*x):
+        state, timestep = env.step(*x)
+        obs, next_obs = show(timestep.obs), show(timestep.next_obs)
+        return state, timestep._replace(obs=obs, next_obs=next_obs)
+
+    on_screens = env._replace(reset=reset, step=step, obs_shape=screens.shape[1:])
+    learned = learn(name, on_screens, batch_size=16)
+    assert_follows(name, learned.act(screens))
+
+
+ONE_STEP = {"terminated": lambda time, bit: time >= 1}
+
+
+def following(name):
+    """The reward of a script's actions that follow the bit."""
+    if name in CONTINUOUS:
+        return lambda time, bit, action: 1.0 - 4.0 * (action - jnp.where(bit, 0.5, -0.5)) ** 2
+    return lambda time, bit, action: jnp.where(action == bit, 1.0, -1.0)
+
+
+def assert_follows(name, actions):
     if name in CONTINUOUS:
         np.testing.assert_allclose(actions[:, 0], [-0.5, 0.5], atol=0.1)
     else:
         np.testing.assert_array_equal(actions, [0, 1])
-    assert learned.value(ZERO_ONE).min() > 0.6
 
 
 # --- What all scripts promise ---------------------------------------------------------------------
