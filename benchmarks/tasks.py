@@ -80,6 +80,10 @@ LANDER_BY_PQN = (
     "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --reward-scale 0.1 --q-lambda 0.95 "
     "--num-minibatches 16 --update-epochs 4 --end-e 0.02 --exploration-fraction 0.2"
 )
+LANDER_BY_SACD = (
+    "--env-id envpool::LunarLander-v3 --total-timesteps 300000 --num-envs 8 --num-steps 125 "
+    "--learning-starts 5000 --buffer-size 300000 --tau 0.01 --gamma 0.997 --no-critic-entropy"
+)
 MANY_EPISODES = "--eval-episodes 1000"  # where a start decides more than the agent does
 HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
@@ -135,6 +139,7 @@ RESULTS = {
         for game, bar in zip(MINATAR, (15, 28, 58, 131), strict=True)  # PPO's in gymnax
     },
     "sacd_cartpole": Task("sacd.py", "CartPole-v1", "", TEN, 475),
+    "sacd_lunarlander": Task("sacd.py", LANDER, LANDER_BY_SACD, TEN, 200, judge=JUDGE),
     "td3_pendulum": Task("td3.py", "Pendulum-v1", MANY_EPISODES, TEN, -160),
     "sac_pendulum": Task("sac.py", "Pendulum-v1", MANY_EPISODES, SIX, -160),
     "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),

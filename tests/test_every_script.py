@@ -79,7 +79,7 @@ def test_probe_policy(name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["dqn", "sac"])
+@pytest.mark.parametrize("name", ["dqn", "sac", "sacd", "td3"])
 def test_probe_policy_on_screens(name):
     """The same, where the bit lights the right half of a screen instead of the left one."""
     screens = jnp.zeros((2, 36, 36, 1), jnp.uint8).at[0, :, :18].set(255).at[1, :, 18:].set(255)
