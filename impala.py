@@ -86,7 +86,7 @@ class Args:
     mask_obs: tuple[int, ...] = ()  # observation entries to hide from the agent
     seed: int = 1  # seed of the first agent
     num_seeds: int = 1  # agents trained at once by vmap: seed, seed + 1, ... (JAX suites only)
-    total_timesteps: int = 1_500_000  # environment steps of each agent
+    total_timesteps: int = 3_000_000  # environment steps of each agent
     num_envs: int = 8  # parallel environments, of all actors together
     num_steps: int = 64  # steps in each environment between two updates
     learning_rate: float = 3e-3  # Adam's step size at the start

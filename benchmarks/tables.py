@@ -252,6 +252,21 @@ def pqn_table() -> str:
     return markdown(["pqn.py", "rejax 0.1.3", "ratio", "with our XLA flag"], [cells])
 
 
+def replay_table() -> str:
+    """What flags of sac.py cost: ratios to a run without any in the same round, by buffer size."""
+    rounds = {}
+    for row in read("replay_speed"):
+        of_case = rounds.setdefault((row["buffer_size"], row["flags"]), [])
+        of_case.append(float(row["gradient_steps_per_second"]))
+    sizes, cases = [list(dict.fromkeys(x)) for x in zip(*rounds, strict=True)]
+    cells = []
+    for case in cases[1:]:
+        name = "--" + case.replace("_", "-") if case != "all" else "all three"
+        ratios = [middle_ratio(rounds[size, case], rounds[size, "none"]) for size in sizes]
+        cells.append([name, *[f"{ratio:.2f}" for ratio in ratios]])
+    return markdown(["sac.py", *[f"{int(size):,} transitions" for size in sizes]], cells)
+
+
 def halfcheetah_table() -> str:
     raw, training = columns_of(read("halfcheetah_speed"), "raw", "training")
     cells = [
@@ -344,7 +359,7 @@ def fill(text: str) -> str:
     tables |= {"dqn speed": dqn_table(), "pqn speed": pqn_table()}
     tables |= {"trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
-    tables |= {"halfcheetah speed": halfcheetah_table()}
+    tables |= {"halfcheetah speed": halfcheetah_table(), "replay speed": replay_table()}
     for script, task in (("sac", "pendulum"), ("sac", "halfcheetah"), ("td3", "halfcheetah")):
         name = f"{script}_speed_{task}"
         tables[name.replace("_", " ")] = two_programs(name, f"{script}.py", "sbx", "SBX")

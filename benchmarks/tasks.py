@@ -130,8 +130,8 @@ RESULTS = {
         "ppo_continuous.py", "HalfCheetah-v5", HALFCHEETAH, range(11, 21), 4000
     ),
     "ppo_continuous_walker2d": Task("ppo_continuous.py", "Walker2d-v5", WALKER2D, TEN),
-    "a2c_lunarlander": Task("a2c.py", LANDER, "", SIX, 200, 200, JUDGE),
-    "impala_lunarlander": Task("impala.py", LANDER, "", SIX, 200, 200, JUDGE),
+    "a2c_lunarlander": Task("a2c.py", LANDER, "", TEN, 200, 200, JUDGE),
+    "impala_lunarlander": Task("impala.py", LANDER, "", TEN, 200, 200, JUDGE),
     "dqn_cartpole": Task("dqn.py", "CartPole-v1", "", TEN, 475),
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax

@@ -288,7 +288,6 @@ EXPORTED_TOO = {
     "ppo_gtrxl": "--env-id gymnax::CartPole-v1 --memory-length 8",
     "sac": "",
     "sac with SimBa": "--block-type simba --norm-obs",
-    "sac of screens": "--env-id gymnasium::CarRacing-v3",
     "rsac": "",
     "drqn": "",
     "impala_lstm": "",
