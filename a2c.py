@@ -23,9 +23,9 @@ waits for all environments and then takes one gradient step on the whole batch.
     python a2c.py --target-return 200                         # stop as soon as it is solved
     python a2c.py --env-id gymnax::CartPole-v1 --num-seeds 8  # eight seeds in one program
 
-Expected, on two CPU cores: greedy return 268 +- 5 after 3M steps (mean and std of 10 seeds, 100
-episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 13 s after the launch (median
-of 10 seeds; benchmarks/ has the raw data).
+Expected, on two CPU cores: greedy return 268 +- 4 after 3M steps (mean and std of 10 seeds, 100
+episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 32 s after the launch (median
+of 9 seeds; benchmarks/ has the raw data).
 
 Differs from ppo.py in: the loss (no ratio, no clipping), and one gradient step for each rollout
 instead of epochs of minibatches, so the rollouts are small.

@@ -61,11 +61,13 @@ HALFCHEETAH = (
     "--log-std-init -1 "
     "--total-timesteps 1000000"
 )
-WALKER2D = (
-    "--env-id envpool::Walker2d-v5 --num-envs 64 --num-steps 32 --num-minibatches 32 "
-    "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward "
+SHORT_ROLLOUTS = (
+    "--num-envs 64 --num-steps 32 --num-minibatches 32 "
+    "--update-epochs 10 --learning-rate 3e-4 --reward-scale 1 --norm-obs --norm-reward "
     "--log-std-init -1 --no-norm-adv --total-timesteps 1000000"
 )
+WALKER2D = f"--env-id envpool::Walker2d-v5 --gamma 0.99 {SHORT_ROLLOUTS}"
+HOPPER = f"--env-id envpool::Hopper-v5 --gamma 0.995 {SHORT_ROLLOUTS}"
 LANDER_BY_DQN = (
     "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 400000 --reward-scale 0.1 "
     "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
@@ -130,14 +132,12 @@ RESULTS = {
         "ppo_continuous.py", "HalfCheetah-v5", HALFCHEETAH, range(11, 21), 4000
     ),
     "ppo_continuous_walker2d": Task("ppo_continuous.py", "Walker2d-v5", WALKER2D, TEN),
+    "ppo_continuous_hopper": Task("ppo_continuous.py", "Hopper-v5", HOPPER, TEN),
     "a2c_lunarlander": Task("a2c.py", LANDER, "", TEN, 200, 200, JUDGE),
     "impala_lunarlander": Task("impala.py", LANDER, "", TEN, 200, 200, JUDGE),
     "dqn_cartpole": Task("dqn.py", "CartPole-v1", "", TEN, 475),
     "dqn_lunarlander": Task("dqn.py", LANDER, LANDER_BY_DQN, bar=200, judge=JUDGE),
     "dqn_breakout": Task("dqn.py", "Breakout-MinAtar", BREAKOUT_BY_DQN, bar=28),  # PPO's in gymnax
-    "dqn_breakout_prioritized": Task(
-        "dqn.py", "Breakout-MinAtar", f"{BREAKOUT_BY_DQN} --prioritized-replay", bar=28
-    ),
     "pqn_cartpole": Task("pqn.py", "CartPole-v1", CARTPOLE_BY_PQN, TEN, 475, 475),
     "pqn_lunarlander": Task("pqn.py", LANDER, LANDER_BY_PQN, TEN, 200, judge=JUDGE),
     "pqn_breakout": Task("pqn.py", "Breakout-MinAtar", bar=28),
