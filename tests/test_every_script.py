@@ -97,7 +97,9 @@ def test_probe_policy_on_screens(name):
         return state, timestep._replace(obs=obs, next_obs=next_obs)
 
     on_screens = env._replace(reset=reset, step=step, obs_shape=screens.shape[1:])
-    learned = learn(name, on_screens, batch_size=16)
+    # At the step size of the other probes td3.py's actor jumps to a bound, where tanh has no gradient.
+    gently = {"policy_lr": 3e-4, "q_lr": 1e-3} if name == "td3" else {}
+    learned = learn(name, on_screens, batch_size=16, **gently)
     assert_follows(name, learned.act(screens))
 
 
