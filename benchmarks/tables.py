@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 from peers import GFLOP_PER_STEP
 from record import PACKAGES, ROOT, read
-from tasks import MEMORY, MEMORY_TASKS, RESULTS, SCRIPTS, SUITES, TASKS, Task
+from tasks import MEMORY, MEMORY_TASKS, REPLAY, RESULTS, SCRIPTS, SUITES, TASKS, Task
 
 sys.path.insert(0, str(ROOT))
 from plot import bootstrap, interquartile_mean
@@ -120,6 +120,23 @@ def results_table(tasks: dict[str, Task]) -> str:
     heading = [*heading.split(", "), "launch to target: median (worst)", "steps/s"]
     rows = [[task.script, task.label, *cells_of(name)] for name, task in tasks.items()]
     return markdown(heading, [row for row in rows if any(row[2:])])
+
+
+def replayed_table() -> str:
+    """Scores with a flag of the replay and without it, over the seeds that have both; "" if there
+    are none."""
+    heading = "script, task, steps, flag, seeds, without, with, seeds that gained".split(", ")
+    rows = []
+    for name, task in REPLAY.items():
+        base = next(x for x in RESULTS if name.startswith(f"{x}_"))
+        means = [{row["seed"]: float(row["mean"]) for row in scores_of(x)} for x in (base, name)]
+        pairs = np.array([[x[seed] for x in means] for seed in means[1] if seed in means[0]])
+        if len(pairs):
+            cells = [f"{x.mean():,.0f} ± {x.std():,.0f}" for x in pairs.T]
+            flag = f"`{task.flags.split()[-1]}`"
+            gained = f"{sum(with_ > without for without, with_ in pairs)} of {len(pairs)}"
+            rows.append([task.script, task.label, steps_of(name), flag, len(pairs), *cells, gained])
+    return markdown(heading, rows) if rows else ""
 
 
 def suites_table() -> str:
@@ -361,6 +378,7 @@ def fill(text: str) -> str:
     tables |= {"trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
     tables |= {"halfcheetah speed": halfcheetah_table(), "replay speed": replay_table()}
+    tables["replayed"] = replayed_table()
     for script, task in (("sac", "pendulum"), ("sac", "halfcheetah"), ("td3", "halfcheetah")):
         name = f"{script}_speed_{task}"
         tables[name.replace("_", " ")] = two_programs(name, f"{script}.py", "sbx", "SBX")

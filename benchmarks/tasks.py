@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import NamedTuple
 
-ONE, SIX, TEN = range(1, 2), range(1, 7), range(1, 11)
+ONE, THREE, SIX, TEN = range(1, 2), range(1, 4), range(1, 7), range(1, 11)
 MINATAR = ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
 FAULT_STEPS = 1_000_000  # of each run of pqn_fault
 MINATAR_STEPS = "--total-timesteps 10000000"
@@ -76,7 +76,7 @@ LANDER_BY_DQN = (
 BREAKOUT_BY_DQN = (
     "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
-    "--exploration-fraction 0.1 --hidden-sizes 128 128"
+    "--exploration-fraction 0.1 --hidden-sizes 128 128 --n-step 3"
 )
 SMALL_PQN = (
     "--total-timesteps 500000 --num-envs 32 --num-minibatches 16 --update-epochs 4 "
@@ -94,6 +94,10 @@ LANDER_BY_SACD = (
 MANY_EPISODES = "--eval-episodes 1000"  # where a start decides more than the agent does
 HALFCHEETAH_BY_SAC = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --total-timesteps 200000"
+)
+HALFCHEETAH_BY_TD3 = (
+    "--env-id envpool::HalfCheetah-v5 --learning-starts 10000 --total-timesteps 200000 "
+    "--buffer-size 200000 --policy-lr 3e-4 --q-lr 3e-4"
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
 CONTROL = ", the control"
@@ -152,6 +156,17 @@ RESULTS = {
     "td3_pendulum": Task("td3.py", "Pendulum-v1", MANY_EPISODES, TEN, -160),
     "sac_pendulum": Task("sac.py", "Pendulum-v1", MANY_EPISODES, SIX, -160),
     "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),
+    "td3_halfcheetah": Task("td3.py", "HalfCheetah-v5", HALFCHEETAH_BY_TD3, THREE),
+}
+REPLAY = {  # which transitions are replayed: beside the tasks of the same name without the flag
+    f"{name}_{flag.replace('-', '_')}": RESULTS[name]._replace(
+        flags=f"{RESULTS[name].flags} --{flag}", seeds=seeds
+    )
+    for name, flag, seeds in [
+        ("sac_halfcheetah", "prioritized-replay", THREE),
+        ("sac_halfcheetah", "linear-decay-sampling", THREE),
+        ("dqn_breakout", "prioritized-replay", RESULTS["dqn_breakout"].seeds),
+    ]
 }
 MEMORY = {
     "ppo_lstm_cartpole": Task("ppo_lstm.py", MASKED, bar=475, target=475),
@@ -220,8 +235,7 @@ SUITES = {  # simulators in JAX beside gymnax and Craftax: one seed says that le
         ("gymnasium", "ppo_lstm.py", "popgym:popgym-RepeatFirstEasy-v0", f"{STEPS} 500000"),
     ]
 }
-SECTIONS = {"results": RESULTS, "memory": MEMORY, "suites": SUITES}  # marks in the README
-TASKS = RESULTS | MEMORY | SUITES
+TASKS = RESULTS | REPLAY | MEMORY | SUITES
 
 # MemoryChain by its length: the bit is in the first two observations, and the action after `length`
 # steps is to name it (reward 1, or -1). 2,500 episodes or 164k steps, whichever is more.
