@@ -243,6 +243,37 @@ def test_a_header_may_not_say_what_was_not_measured(monkeypatch):
     assert says("43 +- 4 after 500k, 75 thousand steps/s") and says("a2c.py: 211")
 
 
+def test_a_launch_that_missed_its_target_counts_as_the_slowest(monkeypatch):
+    raw = {"time_to_solve_ppo_lunarlander": [{"seconds": x} for x in ("8.0", "nan", "9.0")]}
+    monkeypatch.setattr(tables, "read", lambda name: raw.get(name, []))
+    assert tables.cells_of("ppo_lunarlander")[4] == "200 in 9.0 s (not always)"
+    raw["time_to_solve_ppo_lunarlander"].pop(1)
+    assert tables.cells_of("ppo_lunarlander")[4] == "200 in 8.5 s (9.0)"
+
+
+def test_replay_flags_are_compared_within_a_round_and_over_the_same_seeds(monkeypatch):
+    speed = lambda flags, steps: {
+        "buffer_size": "1000",
+        "flags": flags,
+        "gradient_steps_per_second": steps,
+    }
+    pairs = [("100", "90"), ("50", "40"), ("80", "40")]
+    names = "none", "prioritized_replay"
+    rows = [speed(*x) for pair in pairs for x in zip(names, pair, strict=True)]
+    score = lambda means: [{"seed": s, "mean": x, "steps": "200000"} for s, x in means.items()]
+    raw = {
+        "replay_speed": rows,
+        "scores_sac_halfcheetah": score({"1": "100", "2": "200", "3": "900"}),
+        "scores_sac_halfcheetah_prioritized_replay": score({"1": "140", "2": "180", "9": "0"}),
+    }
+    monkeypatch.setattr(tables, "read", lambda name: raw.get(name, []))
+    assert "| --prioritized-replay | 0.80 |" in tables.replay_table()
+    row = (
+        "sac.py | HalfCheetah-v5 | 200k | `--prioritized-replay` | 2 | 150 ± 50 | 160 ± 20 | 1 of 2"
+    )
+    assert row in tables.replayed_table()
+
+
 def commands(text):
     """Script and flags of each "python script.py ..." that has a line of its own."""
     text = text.replace("\\\n", " ")
