@@ -55,6 +55,7 @@ SCRIPTS = {  # name: what it is
 }
 
 LANDER, JUDGE = "LunarLander-v3", "gymnasium::LunarLander-v3"  # trained in EnvPool's
+LANDER_CONTINUOUS = "LunarLanderContinuous-v3"  # the same with continuous actions
 HALFCHEETAH = (
     "--env-id envpool::HalfCheetah-v5 --num-envs 64 --num-steps 64 --num-minibatches 32 "
     "--update-epochs 10 --learning-rate 3e-4 --gamma 0.99 --reward-scale 1 --norm-obs --norm-reward "
@@ -90,6 +91,12 @@ LANDER_BY_PQN = (
 LANDER_BY_SACD = (
     "--env-id envpool::LunarLander-v3 --total-timesteps 300000 --num-envs 8 --num-steps 125 "
     "--learning-starts 5000 --buffer-size 300000 --tau 0.01 --gamma 0.997 --no-critic-entropy"
+)
+LANDER_BY_TD3 = (
+    "--env-id envpool::LunarLanderContinuous-v3 --total-timesteps 300000 --num-envs 8 --num-steps 125 "
+    "--learning-starts 10000 --buffer-size 300000 --updates-per-step 0.5 --policy-lr 3e-4 --q-lr 3e-4 "
+    "--gamma 0.997 --reward-scale 0.1 --exploration-noise 0.2 --actor-hidden-size 128 "
+    "--critic-hidden-size 128"
 )
 MANY_EPISODES = "--eval-episodes 1000"  # where a start decides more than the agent does
 HALFCHEETAH_BY_SAC = (
@@ -154,6 +161,9 @@ RESULTS = {
     "sacd_cartpole": Task("sacd.py", "CartPole-v1", "", TEN, 475),
     "sacd_lunarlander": Task("sacd.py", LANDER, LANDER_BY_SACD, TEN, 200, judge=JUDGE),
     "td3_pendulum": Task("td3.py", "Pendulum-v1", MANY_EPISODES, TEN, -160),
+    "td3_lunarlander": Task(
+        "td3.py", LANDER_CONTINUOUS, LANDER_BY_TD3, bar=207, judge=f"gymnasium::{LANDER_CONTINUOUS}"
+    ),
     "sac_pendulum": Task("sac.py", "Pendulum-v1", MANY_EPISODES, SIX, -160),
     "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),
     "td3_halfcheetah": Task("td3.py", "HalfCheetah-v5", HALFCHEETAH_BY_TD3, THREE),
