@@ -87,7 +87,7 @@ class Args:
     num_steps: int = 1_000  # steps in each environment in an iteration
     learning_rate: float = 2.5e-4  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.995  # discount factor
     buffer_size: int = 10_000  # transitions kept for replay
     batch_size: int = 128  # transitions in each gradient step
     learning_starts: int = 10_000  # environment steps before the first gradient step
