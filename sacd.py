@@ -90,7 +90,7 @@ class Args:
     anneal_lr: bool = False  # let all step sizes fall linearly to 0 over the run
     weight_decay: float = 0.0  # AdamW's weight decay for actor and critics
     max_grad_norm: float | None = None  # largest global norm of a network's gradient, None: any
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.995  # discount factor
     buffer_size: int = 100_000  # transitions kept for replay
     batch_size: int = 128  # transitions in each gradient step
     learning_starts: int = 2_000  # environment steps, with random actions, before the first one
