@@ -32,9 +32,9 @@ Differs from ppo.py in: off-policy. It acts epsilon-greedily, keeps what it saw 
 and after each step takes the gradient steps that are due: one per --train-frequency environment
 steps, however many environments there are. The buffer is part of the training state.
 
-Differs from the paper: double Q-learning, orthogonal weights, Adam with an annealed step size,
-errors are not clipped, several environments at once, and a time limit is not taken for the end of
-the task (arXiv:1712.00378).
+Differs from the paper: double Q-learning, three rewards in each target (--n-step 1 for one),
+orthogonal weights, Adam with an annealed step size, errors are not clipped, several environments at
+once, and a time limit is not taken for the end of the task (arXiv:1712.00378).
 """
 
 import os
@@ -85,17 +85,17 @@ class Args:
     total_timesteps: int = 500_000  # environment steps of each agent
     num_envs: int = 10  # parallel environments
     num_steps: int = 1_000  # steps in each environment in an iteration
-    learning_rate: float = 2.5e-4  # Adam's step size at the start
+    learning_rate: float = 1e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.995  # discount factor
-    buffer_size: int = 10_000  # transitions kept for replay
+    buffer_size: int = 100_000  # transitions kept for replay
     batch_size: int = 128  # transitions in each gradient step
     learning_starts: int = 10_000  # environment steps before the first gradient step
     train_frequency: int = 5  # environment steps for each gradient step
     target_network_frequency: int = 500  # environment steps between updates of the target network
     tau: float = 1.0  # how far such an update goes, 1 for a copy
     double_q: bool = True  # the online network chooses the action that the target network values
-    n_step: int = 1  # rewards in each target before the bootstrap
+    n_step: int = 3  # rewards in each target before the bootstrap
     prioritized_replay: bool = False  # replay in proportion to the last error
     priority_exponent: float = 0.6  # on that error: alpha of arXiv:1511.05952
     priority_beta: float = 0.4  # how far weights correct for it at the start; at the end, wholly
@@ -103,7 +103,7 @@ class Args:
     start_e: float = 1.0  # epsilon at the start: the share of random actions
     end_e: float = 0.05  # epsilon at the end
     exploration_fraction: float = 0.5  # share of the run over which epsilon falls linearly
-    reward_scale: float = 1.0  # factor on the rewards the agent learns from, not on those reported
+    reward_scale: float = 0.1  # factor on the rewards the agent learns from, not on those reported
     hidden_sizes: tuple[int, int] = (120, 84)  # widths of the hidden layers
     target_return: float | None = None  # stop when the last 100 training episodes average this
     eval_episodes: int = 100  # greedy episodes at the end, 0 for none

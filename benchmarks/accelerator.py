@@ -63,7 +63,7 @@ PARTS = {  # name: cases, each a script and the flags that are not its defaults
     "ppo_seeds": over("ppo", "num_seeds", SEEDS, task("CartPole-v1") | SMALL),
     "ppo_minatar_seeds": over("ppo", "num_seeds", SEEDS, task("Breakout-MinAtar") | SMALL),
     "replay": [
-        *over("dqn", "num_seeds", (1, 64, 512), {}),
+        *over("dqn", "num_seeds", (1, 64, 512), {"buffer_size": 10_000, "n_step": 1}),
         *over("sac", "num_seeds", (1, 16, 128), {}),
         *over("pqn", "num_envs", (128, 2048, 16_384), task("Breakout-MinAtar")),
     ],

@@ -382,7 +382,8 @@ def ppo_by_rejax(num_envs: int) -> float:
 
 def our_dqn(hidden_sizes: list[int], double_q: bool) -> float:
     dqn = our_script("dqn")
-    args = dqn.Args(hidden_sizes=tuple(hidden_sizes), double_q=double_q, anneal_lr=False)
+    sizes = {"hidden_sizes": tuple(hidden_sizes), "buffer_size": 10_000, "n_step": 1}
+    args = dqn.Args(**sizes, double_q=double_q, anneal_lr=False)
     train, state = our_training(dqn, args)
     return time_calls(train, train(state, 20), 200, 1_000)  # 20 iterations: past learning_starts
 

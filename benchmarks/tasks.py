@@ -72,12 +72,14 @@ HOPPER = f"--env-id envpool::Hopper-v5 --gamma 0.995 {SHORT_ROLLOUTS}"
 LANDER_BY_DQN = (
     "--env-id envpool::LunarLander-v3 --num-envs 8 --total-timesteps 400000 --reward-scale 0.1 "
     "--learning-rate 5e-4 --buffer-size 100000 --learning-starts 5000 --train-frequency 2 "
-    "--target-network-frequency 1000 --exploration-fraction 0.3 --hidden-sizes 128 128 --gamma 0.99"
+    "--target-network-frequency 1000 --exploration-fraction 0.3 --hidden-sizes 128 128 "
+    "--gamma 0.99 --n-step 1"
 )
 BREAKOUT_BY_DQN = (
     "--env-id gymnax::Breakout-MinAtar --total-timesteps 5000000 --num-envs 64 --learning-rate 5e-4 "
     "--buffer-size 100000 --train-frequency 32 --target-network-frequency 4000 --end-e 0.01 "
-    "--exploration-fraction 0.1 --hidden-sizes 128 128 --n-step 3 --gamma 0.99"
+    "--exploration-fraction 0.1 --hidden-sizes 128 128 --n-step 3 "
+    "--gamma 0.99 --reward-scale 1"
 )
 SMALL_PQN = (
     "--total-timesteps 500000 --num-envs 32 --num-minibatches 16 --update-epochs 4 "
@@ -212,7 +214,11 @@ MEMORY = {
     "drqn_memorychain": Task("drqn.py", "MemoryChain-bsuite, 32 steps", CHAIN_32, bar=1),
     "pqn_memorychain": Task("pqn.py", CHAIN_CONTROL, f"{SMALL_PQN} {CHAIN_32}", bar=1),
     "dqn_memorychain": Task(
-        "dqn.py", CHAIN_CONTROL, f"--total-timesteps 200000 --gamma 0.99 {CHAIN_32}", bar=1
+        "dqn.py",
+        CHAIN_CONTROL,
+        "--total-timesteps 200000 --learning-rate 2.5e-4 --gamma 0.99 --buffer-size 10000 --n-step 1 "
+        + CHAIN_32,
+        bar=1,
     ),
     "impala_memorychain": Task(
         "impala.py",

@@ -47,7 +47,7 @@ TARGET = Table([[5.0, 6.0], [10.0, 20.0], [30.0, 40.0]])
     [(True, [20.0, 30.0]), (False, [20.0, 40.0])],  # online prefers action 1, then 0
 )
 def test_dqn_s_targets_against_a_buffer_computed_by_hand(double_q, next_values):
-    args = dqn.Args(gamma=0.5, double_q=double_q, reward_scale=3.0)
+    args = dqn.Args(gamma=0.5, double_q=double_q, n_step=1, reward_scale=3.0)
     targets = dqn.compute_targets(ONLINE, TARGET, DQN_BATCH, args)
     by_hand = [3.0 * 1.0 + 0.5 * next_values[0], 3.0 * 2.0 + 0.5 * next_values[1], 3.0 * 4.0]
     np.testing.assert_allclose(targets, by_hand)
@@ -61,7 +61,9 @@ def test_dqn_s_errors_are_those_of_rlax_s_double_q_learning():
     reward = jnp.array(rng.normal(size=50))
     rows = (obs[:, None], action, reward, next_obs[:, None], ends, ends)
     batch = dqn.Transition(*[x[:, None] for x in rows])  # one step in a row
-    targets = dqn.compute_targets(online, target, batch, dqn.Args(gamma=0.9))
+    targets = dqn.compute_targets(
+        online, target, batch, dqn.Args(gamma=0.9, n_step=1, reward_scale=1.0)
+    )
     _, (_, errors) = dqn.dqn_loss(online, batch, targets, 1.0)
     tables = online.rows[...], target.rows[...]
     expected = jax.vmap(rlax.double_q_learning)(

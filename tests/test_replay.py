@@ -225,7 +225,9 @@ def test_n_step_targets_are_rlax_s():
     obs = value[windows][..., None]
     batch = dqn.Transition(obs, windows, reward[windows], obs, no, no)
     greedy = lambda obs: jnp.concatenate([obs, obs - 1.0], axis=-1)
-    targets = dqn.compute_targets(greedy, greedy, batch, dqn.Args(gamma=0.9, n_step=4))
+    targets = dqn.compute_targets(
+        greedy, greedy, batch, dqn.Args(gamma=0.9, n_step=4, reward_scale=1.0)
+    )
     np.testing.assert_allclose(targets, whole[:9], atol=1e-5)
 
 
