@@ -132,7 +132,8 @@ def replayed_table() -> str:
         means = [{row["seed"]: float(row["mean"]) for row in scores_of(x)} for x in (base, name)]
         pairs = np.array([[x[seed] for x in means] for seed in means[1] if seed in means[0]])
         if len(pairs):
-            cells = [f"{x.mean():,.0f} ± {x.std():,.0f}" for x in pairs.T]
+            spread = lambda x: f" ± {x.std():,.0f}" if len(x) > 1 else ""
+            cells = [f"{x.mean():,.0f}{spread(x)}" for x in pairs.T]
             flag = f"`{task.flags.split()[-1]}`"
             gained = f"{sum(with_ > without for without, with_ in pairs)} of {len(pairs)}"
             rows.append([task.script, task.label, steps_of(name), flag, len(pairs), *cells, gained])
