@@ -97,7 +97,7 @@ LANDER_BY_SACD = (
 LANDER_BY_TD3 = (
     "--env-id envpool::LunarLanderContinuous-v3 --total-timesteps 300000 --num-envs 8 --num-steps 125 "
     "--learning-starts 10000 --buffer-size 300000 --updates-per-step 0.5 --policy-lr 3e-4 --q-lr 3e-4 "
-    "--gamma 0.997 --reward-scale 0.1 --exploration-noise 0.2 --actor-hidden-size 128 "
+    "--gamma 0.997 --tau 0.02 --reward-scale 0.1 --exploration-noise 0.2 --actor-hidden-size 128 "
     "--critic-hidden-size 128"
 )
 MANY_EPISODES = "--eval-episodes 1000"  # where a start decides more than the agent does
