@@ -281,12 +281,26 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, beta: Array, key:
     if priorities is None:
         return replay.sample(buffer, key).experience, None, 1.0
     shares, length = priorities.ravel() / priorities.sum(), priorities.shape[1]
-    chosen = jax.random.choice(key, shares.size, (args.batch_size,), p=shares)
+    chosen = draw(shares, key, args.batch_size)
     weights = shares[chosen] ** -beta
     envs, begin = chosen // length, chosen % length
     times = (begin[:, None] + jnp.arange(args.n_step)) % length  # [M, n_step]
     batch = jax.tree.map(lambda x: x[envs[:, None], times], buffer.experience)
     return batch, (envs, begin), weights / weights.max()
+
+
+def draw(weights: Array, key: Array, number: int) -> Array:
+    """Positions in weights [N], in proportion to them: a row of 64 first, then one in it -> [number].
+
+    Shares are counted in whole numbers: sums of floats round, until a weight of 0 is drawn.
+    """
+    counts = (2**30 / weights.sum() * weights).astype(jnp.int32)
+    table = jnp.pad(counts, (0, -len(counts) % 64)).reshape(-1, 64)
+    ends = table.sum(axis=1).cumsum()
+    ticket = jax.random.randint(key, (number,), 0, ends[-1])
+    rows = jnp.searchsorted(ends, ticket, side="right")
+    ticket = ticket - (ends[rows] - table[rows].sum(axis=1))  # within its row
+    return 64 * rows + (table[rows].cumsum(axis=1) <= ticket[:, None]).sum(axis=1)
 
 
 # --- Targets --------------------------------------------------------------------------------------

@@ -419,9 +419,22 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args:
     """
     if priorities is None:
         return replay.sample(buffer, key).experience, None
-    shares = priorities / priorities.sum()
-    positions = jax.random.choice(key, len(shares), (args.batch_size,), p=shares)
+    positions = draw(priorities, key, args.batch_size)
     return jax.tree.map(lambda x: x[0, positions], buffer.experience), positions
+
+
+def draw(weights: Array, key: Array, number: int) -> Array:
+    """Positions in weights [N], in proportion to them: a row of 64 first, then one in it -> [number].
+
+    Shares are counted in whole numbers: sums of floats round, until a weight of 0 is drawn.
+    """
+    counts = (2**30 / weights.sum() * weights).astype(jnp.int32)
+    table = jnp.pad(counts, (0, -len(counts) % 64)).reshape(-1, 64)
+    ends = table.sum(axis=1).cumsum()
+    ticket = jax.random.randint(key, (number,), 0, ends[-1])
+    rows = jnp.searchsorted(ends, ticket, side="right")
+    ticket = ticket - (ends[rows] - table[rows].sum(axis=1))  # within its row
+    return 64 * rows + (table[rows].cumsum(axis=1) <= ticket[:, None]).sum(axis=1)
 
 
 def unroll(network: Any, memory: Any, batch: Sequence, args: Args) -> Array:

@@ -401,12 +401,17 @@ def sample(replay: Any, buffer: Any, priorities: Array | None, key: Array, args:
 
 
 def draw(weights: Array, key: Array, number: int) -> Array:
-    """Positions in weights [N], in proportion to them: a row of 64 first, then one in it -> [number]."""
-    row_key, key = jax.random.split(key)
-    table = jnp.pad(weights, (0, -len(weights) % 64)).reshape(-1, 64)
-    rows = jax.random.choice(row_key, len(table), (number,), p=table.sum(axis=1))
-    choose = lambda key, row: jax.random.choice(key, 64, p=row)
-    return 64 * rows + jax.vmap(choose)(jax.random.split(key, number), table[rows])
+    """Positions in weights [N], in proportion to them: a row of 64 first, then one in it -> [number].
+
+    Shares are counted in whole numbers: sums of floats round, until a weight of 0 is drawn.
+    """
+    counts = (2**30 / weights.sum() * weights).astype(jnp.int32)
+    table = jnp.pad(counts, (0, -len(counts) % 64)).reshape(-1, 64)
+    ends = table.sum(axis=1).cumsum()
+    ticket = jax.random.randint(key, (number,), 0, ends[-1])
+    rows = jnp.searchsorted(ends, ticket, side="right")
+    ticket = ticket - (ends[rows] - table[rows].sum(axis=1))  # within its row
+    return 64 * rows + (table[rows].cumsum(axis=1) <= ticket[:, None]).sum(axis=1)
 
 
 def recency(age: Array, args: Args) -> Array:

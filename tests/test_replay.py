@@ -11,6 +11,7 @@ from probes import learn, probe, quick, small_args, train
 from scipy import stats
 
 import dqn
+import drqn
 import sac
 import sacd
 import td3
@@ -41,6 +42,15 @@ def test_draws_are_in_proportion_to_the_weights(size):
     positions = sac.draw(weights, jax.random.key(1), 20_000)
     assert_drawn_as(positions, weights)
     assert jnp.unique(sac.draw(jnp.eye(size)[3], jax.random.key(2), 100)).tolist() == [3]
+
+
+@pytest.mark.parametrize("script", [dqn, drqn, sac, td3])
+def test_of_a_hundred_thousand_weights_none_of_0_is_drawn(script):
+    """Sums of floats round: among these draws, jax.random.choice has twelve of weight 0."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = jax.random.uniform(keys[0], (100_000,))
+    weights = jnp.where(jax.random.bernoulli(keys[1], 0.5, weights.shape), weights, 0.0)
+    assert (weights[script.draw(weights, keys[2], 1_000_000)] > 0).all()
 
 
 @pytest.mark.parametrize(("floor", "steps"), [(0.1, 40), (0.0, 40), (0.5, 200), (1.0, 40)])
