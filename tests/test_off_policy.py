@@ -163,7 +163,7 @@ def test_epsilon_greedy_explores_as_often_as_it_says():
 def test_replay_holds_the_last_steps_also_after_it_wrapped_around():
     """What is in the buffer are the last buffer_size transitions, with the true next_obs at the
     ends of episodes, and nothing else; samples come from all of it."""
-    fields = {"num_envs": 3, "buffer_size": 50, "batch_size": 8, "num_steps": 1}
+    fields = {"num_envs": 3, "buffer_size": 50, "batch_size": 8, "num_steps": 1, "n_step": 1}
     args = small_args("dqn", learning_starts=10**6, **fields)
     env = real_env("dqn", num_envs=3, limit=6)
     kept = []
