@@ -141,9 +141,14 @@ def run_script(script: str, flags: str, cold: bool = False) -> Run:
         command, start = command_of(script, flags, f"{folder}/run"), time.perf_counter()
         options = {"stdout": subprocess.DEVNULL, "env": without_xla_flags() | environment}
         subprocess.run(command, check=True, **options)
-        seconds, result = time.perf_counter() - start, Path(f"{folder}/run/evaluation.json")
-        evaluation = json.loads(result.read_text())["seeds"] if result.exists() else []
-        return Run(seconds, metrics_of(f"{folder}/run"), evaluation)
+        return finished(Path(folder) / "run", time.perf_counter() - start)
+
+
+def finished(run_dir: Path, seconds: float = 0.0) -> Run:
+    """What a run left in its folder."""
+    result = run_dir / "evaluation.json"
+    evaluation = json.loads(result.read_text())["seeds"] if result.exists() else []
+    return Run(seconds, metrics_of(run_dir), evaluation)
 
 
 def command_of(script: str, flags: str, run_dir: Path | str) -> list:

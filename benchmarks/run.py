@@ -23,31 +23,49 @@ from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
-from record import command_of, metrics_of, parse_tasks, run_script, show, without_xla_flags, write
+from record import (
+    Run,
+    command_of,
+    metrics_of,
+    parse_tasks,
+    run_script,
+    show,
+    without_xla_flags,
+    write,
+)
 from tasks import CHAIN, TASKS, TEN, Task
 
 SECONDS = 6  # of training, to time steps/s
 
 
-def whole_run(task: Task, seed: int) -> tuple[dict, list[dict]]:
-    """A whole run -> what evaluation.json says of the seed, and its learning curve."""
-    run = run_script(task.script, f"{task.scored_flags} --seed {seed}")
-    every = max(1, len(run.metrics) // 200)  # points enough for a picture
+def of_seed(run: Run, seed: int) -> tuple[dict, list[dict]]:
+    """A finished run -> what evaluation.json says of the seed, and its learning curve."""
+    metrics = [row for row in run.metrics if row["seed"] == str(seed)]
+    every = max(1, len(metrics) // 200)  # points enough for a picture
     names = {"step": "step", "seconds": "seconds", "return": "charts/episodic_return"}
     curve = [
         {"seed": float(seed)} | {short: float(row[name]) for short, name in names.items()}
-        for row in [*run.metrics[:-1:every], run.metrics[-1]]
+        for row in [*metrics[:-1:every], metrics[-1]]
     ]
-    (result,) = run.evaluation
+    (result,) = [row for row in run.evaluation if row["seed"] == seed]
     row = {"seed": seed} | {name: result[name] for name in ("mean", "std", "min", "max")}
     last = {"steps": int(curve[-1]["step"]), "training_return": curve[-1]["return"]}
     return row | last, curve
 
 
+def scores_of(run: Run, seed: int) -> tuple[list[dict], list[dict]]:
+    """The same, to be written."""
+    row, curve = of_seed(run, seed)
+    return [{key: round(value, 1) for key, value in row.items()}], curve
+
+
+def whole_run(task: Task, seed: int) -> Run:
+    return run_script(task.script, f"{task.scored_flags} --seed {seed}")
+
+
 def scores(name: str, seed: int) -> tuple[list[dict], list[dict]]:
     """Greedy return over 100 episodes after a whole run, a process for each seed; nothing is timed."""
-    row, curve = whole_run(TASKS[name], seed)
-    return [{key: round(value, 1) for key, value in row.items()}], curve
+    return scores_of(whole_run(TASKS[name], seed), seed)
 
 
 def launches(name: str, seed: int) -> tuple[list[dict]]:
@@ -102,7 +120,7 @@ def speed(name: str, number: int) -> tuple[list[dict]]:
 def memory_length(name: str, seed: int) -> tuple[list[dict]]:
     """MemoryChain by its length: right answers after a whole run, and the steps until the last 100
     training episodes averaged 0.95 (empty if they never did). All of it takes hours."""
-    result, curve = whole_run(CHAIN[name], seed)
+    result, curve = of_seed(whole_run(CHAIN[name], seed), seed)
     script, length = name.rsplit("_", 1)
     row = {"script": script, "length": int(length), "seed": seed}
     row |= {"success": round((result["mean"] + 1) / 2, 3), "steps": result["steps"]}

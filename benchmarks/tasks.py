@@ -169,6 +169,21 @@ RESULTS = {
     "sac_pendulum": Task("sac.py", "Pendulum-v1", MANY_EPISODES, SIX, -160),
     "sac_halfcheetah": Task("sac.py", "HalfCheetah-v5", HALFCHEETAH_BY_SAC),
     "td3_halfcheetah": Task("td3.py", "HalfCheetah-v5", HALFCHEETAH_BY_TD3, THREE),
+    # Eight environments, so that a step of the simulators is worth the way from a GPU and back.
+    "sac_halfcheetah_1m": Task(
+        "sac.py",
+        "HalfCheetah-v5",
+        "--env-id envpool::HalfCheetah-v5 --learning-starts 5000 --num-envs 8 --num-steps 125 "
+        "--buffer-size 1000000 --total-timesteps 1000000",
+        bar=11_300,
+    ),
+    "td3_halfcheetah_1m": Task(
+        "td3.py",
+        "HalfCheetah-v5",
+        "--env-id envpool::HalfCheetah-v5 --learning-starts 10000 --num-envs 8 --num-steps 125 "
+        "--buffer-size 1000000 --total-timesteps 1000000 --policy-lr 3e-4 --q-lr 3e-4",
+        bar=9_656,
+    ),
 }
 REPLAY = {  # which transitions are replayed: beside the tasks of the same name without the flag
     f"{name}_{flag.replace('-', '_')}": RESULTS[name]._replace(

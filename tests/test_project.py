@@ -13,6 +13,8 @@ import tomllib
 from pathlib import Path
 
 import copies
+import jax
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
@@ -500,6 +502,41 @@ def test_the_origin_of_a_file_tells_that_several_commands_wrote_its_rows(tmp_pat
     assert noted == [alone, alone, among, among]
     record.write("some", [{"run": 0}])
     assert record.read("measured")[0]["noted"] == alone  # in place of all rows
+
+
+def test_seeds_at_once_each_have_their_own_part_of_the_pool():
+    """In Pendulum, where an action leads tells whether it was this seed's, and what it was."""
+    at_once, seeds, envs = BENCHMARKS["at_once"], 3, 4
+    sac = importlib.import_module("sac")
+    where = "envpool::Pendulum-v1", envs, 1
+    env = at_once.pooled_env(sac.make_env, sac.call_host, seeds, *where)
+    assert env.obs_shape == (3,) and not env.hosted
+
+    def rollout(acting, key):
+        def step(acting, key):
+            action = jax.random.uniform(key, (envs, 1), minval=-2.0, maxval=2.0)
+            token, timestep = env.step(key, acting[0], action)
+            return (token, timestep.obs), (acting[1], action, timestep)
+
+        return jax.lax.scan(step, acting, jax.random.split(key, 250))
+
+    keys = jax.random.split(jax.random.key(0), seeds)
+    first = jax.lax.map(env.reset, keys)
+    (_, last), (obs, action, timestep) = jax.device_get(jax.jit(jax.vmap(rollout))(first, keys))
+    assert len(np.unique(first[1][..., 0])) == seeds * envs  # no two begin at the same angle
+    assert timestep.truncated.sum() == seeds * envs and timestep.truncated[:, 199].all()
+    np.testing.assert_array_equal(obs[:, 0], first[1])
+    np.testing.assert_array_equal(np.concatenate([obs[:, 1:], last[:, None]], 1), timestep.obs)
+    goes_on = ~timestep.truncated
+    np.testing.assert_array_equal(timestep.obs[goes_on], timestep.next_obs[goes_on])
+    cos, sin, velocity = np.moveaxis(obs, -1, 0)
+    angle, torque = np.arctan2(sin, cos), action[..., 0]
+    cost = angle**2 + 0.1 * velocity**2 + 0.001 * torque**2
+    np.testing.assert_allclose(timestep.reward, -cost, rtol=1e-3, atol=1e-3)
+    velocity = np.clip(velocity + (15 * sin + 3 * torque) * 0.05, -8, 8)
+    np.testing.assert_allclose(timestep.next_obs[..., 2], velocity, atol=1e-3)
+    with pytest.raises(AssertionError, match="no row of seeds"):
+        at_once.run_at_once(tasks.TASKS["sac_halfcheetah_1m"], [1, 3])
 
 
 def test_every_benchmark_of_the_readme_parses():
