@@ -55,7 +55,9 @@ def learning_curves() -> Figure:
         if task.bar is not None:
             axes.axhline(task.bar, color="gray", linestyle="--", linewidth=0.8)
         label = task.label.partition(",")[0].partition(" (")[0]
-        axes.set_title(f"{task.script}, {len(curves)} seeds\n{label}", fontsize=8)
+        axes.set_title(
+            f"{task.script}, {len(curves)} seed{'s' * (len(curves) > 1)}\n{label}", fontsize=8
+        )
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=7)
