@@ -5,6 +5,7 @@ run.py measures them, tables.py and figures.py show what it wrote to results/.
 
 import re
 import shlex
+from math import ceil
 from typing import NamedTuple
 
 ONE, THREE, SIX, TEN = range(1, 2), range(1, 4), range(1, 7), range(1, 11)
@@ -278,7 +279,12 @@ TASKS = RESULTS | REPLAY | MEMORY | SUITES
 LENGTHS = (8, 32, 128, 512)
 CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps as the chain has
     "ppo": ("no memory (ppo.py)", ""),
-    "ppo_lstm": ("LSTM (ppo_lstm.py)", ""),
+    # Its gradient goes back to the bit if both are in a rollout. One reward an episode: lambda below 1
+    # would hardly reach back, and all other advantages are noise.
+    "ppo_lstm": (
+        "LSTM (ppo_lstm.py)",
+        "--chrono-length {length} --gae-lambda 1 --no-norm-adv",
+    ),
     "ppo_trxl": ("Transformer-XL (ppo_trxl.py)", "--memory-length {length}"),
     "ppo_gtrxl": ("GTrXL (ppo_gtrxl.py)", "--memory-length {length}"),
 }
@@ -287,9 +293,12 @@ CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps
 def chain(script: str, length: int) -> Task:
     label, flags = CHAIN_SCRIPTS[script]
     steps = max(20 * 64 * 128, 2_500 * (length + 1))
+    rollout = "--num-envs 64 --num-steps 128".split()
+    if script == "ppo_lstm" and length > 32:  # two episodes
+        rollout = f"--num-envs 16 --num-steps {64 * ceil((length + 1) / 32)}".split()
     words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
-    words += ["--env-kwargs", f'{{"memory_length": {length}}}', "--num-envs", "64"]
-    words += ["--num-steps", "128", "--learning-rate", "1e-3", "--reward-scale", "1"]
+    words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout]
+    words += ["--learning-rate", "1e-3", "--reward-scale", "1"]
     words += ["--gamma", "0.99", "--num-minibatches", "8", *flags.format(length=length).split()]
     return Task(f"{script}.py", label, shlex.join(words))
 
