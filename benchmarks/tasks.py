@@ -5,7 +5,6 @@ run.py measures them, tables.py and figures.py show what it wrote to results/.
 
 import re
 import shlex
-from math import ceil
 from typing import NamedTuple
 
 ONE, THREE, SIX, TEN = range(1, 2), range(1, 4), range(1, 7), range(1, 11)
@@ -123,6 +122,11 @@ MASKED_CARTPOLE = "--env-id gymnax::CartPole-v1 --mask-obs 1 3"
 CHAIN_32 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
     "--reward-scale 1"
+)
+CHAIN_128 = (
+    "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 128}' --num-steps 512 "
+    "--total-timesteps 1000000 --learning-rate 1e-3 --num-minibatches 8 --reward-scale 1 "
+    "--chrono-length 128"
 )
 CHAIN_CONTROL = f"MemoryChain-bsuite, 32 steps{CONTROL}"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
@@ -254,6 +258,7 @@ MEMORY = {
     "ppo_gtrxl_lunarlander": Task(
         "ppo_gtrxl.py", LANDER, LANDER_BY_TRXL, bar=200, target=200, judge=JUDGE
     ),
+    "ppo_lstm_memorychain": Task("ppo_lstm.py", "MemoryChain-bsuite, 128 steps", CHAIN_128, bar=1),
     "ppo_trxl_memorychain": Task("ppo_trxl.py", CHAIN_100, bar=1),
     "ppo_gtrxl_memorychain": Task("ppo_gtrxl.py", CHAIN_100, bar=1),
 }
@@ -279,12 +284,7 @@ TASKS = RESULTS | REPLAY | MEMORY | SUITES
 LENGTHS = (8, 32, 128, 512)
 CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps as the chain has
     "ppo": ("no memory (ppo.py)", ""),
-    # Its gradient goes back to the bit if both are in a rollout. One reward an episode: lambda below 1
-    # would hardly reach back, and all other advantages are noise.
-    "ppo_lstm": (
-        "LSTM (ppo_lstm.py)",
-        "--chrono-length {length} --gae-lambda 1 --no-norm-adv",
-    ),
+    "ppo_lstm": ("LSTM (ppo_lstm.py)", "--chrono-length {length}"),
     "ppo_trxl": ("Transformer-XL (ppo_trxl.py)", "--memory-length {length}"),
     "ppo_gtrxl": ("GTrXL (ppo_gtrxl.py)", "--memory-length {length}"),
 }
@@ -294,8 +294,8 @@ def chain(script: str, length: int) -> Task:
     label, flags = CHAIN_SCRIPTS[script]
     steps = max(20 * 64 * 128, 2_500 * (length + 1))
     rollout = "--num-envs 64 --num-steps 128".split()
-    if script == "ppo_lstm" and length > 32:  # two episodes
-        rollout = f"--num-envs 16 --num-steps {64 * ceil((length + 1) / 32)}".split()
+    if script == "ppo_lstm" and length > 32:  # its gradient goes back no further than a rollout
+        rollout = f"--num-envs 16 --num-steps {4 * length}".split()
     words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
     words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout]
     words += ["--learning-rate", "1e-3", "--reward-scale", "1"]
