@@ -96,28 +96,30 @@ def scripts_table() -> str:
 
 def cells_of(name: str) -> list[str]:
     """Steps, mean and spread over seeds, interquartile mean with its interval, seeds at the bar,
-    launches, speed; "" for what was not measured."""
+    launches, speed, seconds of a whole run; "" for what was not measured."""
     task, means = TASKS[name], np.array([float(row["mean"]) for row in scores_of(name)])  # [S]
-    middle, interval, seeds, launch = "", "", "", ""
+    middle, interval, bar, launch = "", "", "", ""
     if len(means) >= 5 and means.std() > 0:
         low, high = bootstrap(means[:, None])
         interval = f" [{low[0]:.1f}, {high[0]:.1f}]"
     if len(means):
-        middle, seeds = f"{interquartile_mean(means[:, None])[0]:.1f}", counted(len(means), "seed")
+        middle, bar = f"{interquartile_mean(means[:, None])[0]:.1f}", counted(len(means), "seed")
     if len(means) and task.bar is not None:
-        seeds = f"{sum(x >= task.bar for x in means)} of {len(means)} ≥ {task.bar:g}"
+        bar = f"{sum(x >= task.bar for x in means)} of {len(means)} ≥ {task.bar:g}"
     if seconds := launches_of(name):
         worst = "not always" if inf in seconds else f"{max(seconds):.1f}"
         launch = f"{task.target:g} in {median(seconds):.1f} s ({worst})"
     speed = f"{speed_of(name):,}" if speed_of(name) else ""
-    cells = [steps_of(name), mean_of(name, 1), middle + interval, seeds, launch, speed]
+    seconds = run_seconds_of(name)
+    whole = f"{float(f'{seconds:.2g}'):,g}" if seconds else ""
+    cells = [steps_of(name), mean_of(name, 1), middle + interval, bar, launch, speed, whole]
     return [re.sub(r"(?<![\d(])-(?=\d)", "−", cell) for cell in cells]
 
 
 def results_table(tasks: dict[str, Task]) -> str:
     """A row for each task that was measured."""
     heading = "script, task, steps, mean ± std over seeds, IQM [95 % interval], seeds at the bar"
-    heading = [*heading.split(", "), "launch to target: median (worst)", "steps/s"]
+    heading = [*heading.split(", "), "launch to target: median (worst)", "steps/s", "a run, s"]
     rows = [[task.script, task.label, *cells_of(name)] for name, task in tasks.items()]
     return markdown(heading, [row for row in rows if any(row[2:])])
 
@@ -144,7 +146,7 @@ def suites_table() -> str:
     """The simulators beside those of the other tables, "" if none was measured."""
     rows = []
     for name, task in SUITES.items():
-        steps, score, *_, speed = cells_of(name)
+        steps, score, *_, speed, _ = cells_of(name)
         if steps or speed:
             suite = re.search(r"(\w+)::", task.flags)[1]
             rows.append([suite, task.label, steps, score, speed, f"`{task.command}`"])

@@ -37,7 +37,7 @@ from without import CHANGES, POINTS, Change, unchanged
 
 FIRST, LAST = "Networks", "Evaluation"  # sections of the algorithm
 IQM, BAR = "IQM [95 % interval]", "seeds at the bar"
-CELLS = ("task", "steps", "mean ± std", IQM, BAR, "launch to target", "steps/s")
+CELLS = ("task", "steps", "mean ± std", IQM, BAR, "launch to target", "steps/s", "a run, s")
 PARENTS = {  # script: the one that it is written as a change to
     **dict.fromkeys(("a2c", "ppo_continuous", "ppo_lstm", "pqn", "impala"), "ppo"),
     **{"rppo": "ppo_lstm", "rppo_continuous": "rppo", "ppo_trxl": "ppo_lstm", "rpqn": "pqn"},
@@ -316,10 +316,14 @@ def results_of(script: str) -> str:
     kinds = [f"{kind}_{name}.csv" for name in own for kind in ("scores", "time_to_solve")]
     rows = [row for row in tables.read("measured") if row["file"] in kinds]
     machines = " or ".join(sorted({row["machine"] for row in rows}))
-    scored = " ".join(name for name, task in own.items() if task.seeds)
-    words = (
-        f"Measured on {machines} (cores x processor) by `python benchmarks/run.py scores {scored}`."
-    )
+    commands = {}  # run.py or at_once.py: tasks
+    for name in own:
+        for row in rows:
+            if row["file"] == f"scores_{name}.csv":
+                tool = "at_once.py" if "at_once.py" in row["command"] else "run.py scores"
+                commands.setdefault(tool, []).append(name)
+    said = [f"`python benchmarks/{tool} {' '.join(names)}`" for tool, names in commands.items()]
+    words = f"Measured on {machines} (cores x processor) by {' and '.join(said)}."
     if any(tables.launches_of(name) for name in own):
         words += (
             " A launch is timed (`run.py launches`) from typing the command, nothing compiled before, until"
