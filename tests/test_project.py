@@ -539,6 +539,24 @@ def test_seeds_at_once_each_have_their_own_part_of_the_pool():
         at_once.run_at_once(tasks.TASKS["sac_halfcheetah_1m"], [1, 3])
 
 
+@pytest.mark.thorough
+def test_seeds_at_once_are_scored_as_single_runs_are(tmp_path, monkeypatch):
+    flags = "--env-id envpool::Pendulum-v1 --total-timesteps 800 --learning-starts 100 --num-envs 2"
+    task = tasks.Task("td3.py", "tiny", f"{flags} --updates-per-step 0.1 --eval-episodes 2")
+    monkeypatch.setitem(tasks.TASKS, "td3_lunarlander", task)  # a name that the command line takes
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["at_once.py", "td3_lunarlander"])
+    BENCHMARKS["at_once"].main(["td3_lunarlander", "--seeds", "4", "5"])
+    assert [row["seed"] for row in record.read("scores_td3_lunarlander")] == ["4", "5"]
+    curves = record.read("curves_td3_lunarlander")
+    assert {(row["seed"], row["step"]) for row in curves} == {
+        (seed, step) for seed in ("4.0", "5.0") for step in ("400.0", "800.0")
+    }
+    first, second = [[row["return"] for row in curves if row["seed"] == x] for x in ("4.0", "5.0")]
+    assert first != second and "nan" not in first + second
+    assert record.read("measured")[0]["command"] == "python benchmarks/at_once.py td3_lunarlander"
+
+
 def test_every_benchmark_of_the_readme_parses():
     found = re.findall(r"python benchmarks/(\w+)\.py(.*?)[`\n]", README)
     assert {name for name, _ in found} == set(BENCHMARKS) - {"record", "tasks"}
