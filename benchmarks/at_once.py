@@ -1,5 +1,5 @@
-"""All seeds of a task in one process, though its simulator runs outside JAX: a GPU hardly takes
-longer for five learners than for one.
+"""All seeds of a task in one process, though its simulator runs outside JAX: sixteen learners of
+sac.py take a GPU twice as long as one.
 
     python benchmarks/at_once.py sac_halfcheetah_1m td3_halfcheetah_1m
     python benchmarks/at_once.py sac_halfcheetah_1m --seeds 21 22 23
