@@ -45,7 +45,7 @@ def learning_curves() -> Figure:
     tasks = [(task, curves) for task, curves in tasks if curves and CONTROL not in task.label]
     columns = 4
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(13, 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(13, 1.9 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (task, curves) in zip(grid, tasks, strict=False):
         for curve in curves:
