@@ -56,7 +56,6 @@ def pooled_env(
 
 def run_at_once(task: Task, seeds: list[int]) -> Run:
     """A whole run of all seeds."""
-    assert seeds == [*range(seeds[0], seeds[0] + max(2, len(seeds)))], f"no row of seeds: {seeds}"
     script = our_script(task.script.removesuffix(".py"))
     make_env, words = script.make_env, sys.argv
 
@@ -77,7 +76,14 @@ def run_at_once(task: Task, seeds: list[int]) -> Run:
 
 def parse(words: list[str]):
     names = [name for name in SCORED if "envpool::" in TASKS[name].flags]
-    return parse_tasks(__doc__, names, words, seeds=True)
+    args = parse_tasks(__doc__, names, words, seeds=True)
+    for seeds in [args.seeds] if args.seeds else [TASKS[name].seeds for name in args.tasks]:
+        if sorted(seeds) != [*range(min(seeds), min(seeds) + max(2, len(seeds)))]:
+            print(
+                "at_once.py: error: --seeds must be a row of two or more, as 1 2 3", file=sys.stderr
+            )
+            sys.exit(2)
+    return args
 
 
 def files(words: list[str]) -> set[str]:

@@ -535,8 +535,15 @@ def test_seeds_at_once_each_have_their_own_part_of_the_pool():
     np.testing.assert_allclose(timestep.reward, -cost, rtol=1e-3, atol=1e-3)
     velocity = np.clip(velocity + (15 * sin + 3 * torque) * 0.05, -8, 8)
     np.testing.assert_allclose(timestep.next_obs[..., 2], velocity, atol=1e-3)
-    with pytest.raises(AssertionError, match="no row of seeds"):
-        at_once.run_at_once(tasks.TASKS["sac_halfcheetah_1m"], [1, 3])
+
+
+@pytest.mark.parametrize("seeds", [["1", "3"], ["1"]])
+def test_seeds_at_once_follow_each_other(seeds, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        BENCHMARKS["at_once"].parse(["sac_halfcheetah_1m", "--seeds", *seeds])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--seeds must be a row" in line
+    assert BENCHMARKS["at_once"].parse(["sac_halfcheetah_1m", "--seeds", "3", "2"]).seeds == [3, 2]
 
 
 @pytest.mark.thorough
