@@ -30,8 +30,8 @@ arXiv:2007.06049 (--prioritized-replay, loss-adjusted: section 4).
         --target-entropy-scale 0.5 --alpha 0.01
 
 Expected on Pendulum-v1, on two CPU cores: greedy return -144 +- 2 after 20k steps (mean and std of 6
-seeds, 1,000 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps and, with eight
-environments, 11456 +- 340 after 1M (5 seeds each).
+seeds, 1,000 episodes each); on HalfCheetah-v5, 8643 +- 1069 after 200k steps and, with the README's
+flags, 11456 +- 340 after 1M (5 seeds each).
 
 Differs from dqn.py in: continuous actions, so an actor takes the place of the maximum; the entropy
 of its actions is rewarded; two critics, of which the smaller value counts.
