@@ -143,6 +143,12 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps must be at least one batch, {args.batch_size}")
 
 
+def use_one_thread(args: Args) -> None:
+    """On a CPU, before JAX starts: XLA would spread small products over the cores at a loss."""
+    if args.num_seeds * args.batch_size * args.hidden_size <= 2**14 * args.num_minibatches:
+        os.environ.setdefault("PJRT_NPROC", "1")  # the size of its pool of threads
+
+
 def check_env(env_id: str, env: "Env") -> None:
     """Ends the program with status 2 if this script cannot act in the environment."""
     if env.action_low is not None:
@@ -845,4 +851,6 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    use_one_thread(args)
+    main(args)

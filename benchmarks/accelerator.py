@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peers import our_script, our_training
-from record import ROOT, machine, metrics_of, read, show, without_xla_flags, write
+from record import ROOT, machine, metrics_of, read, show, without_xla_settings, write
 
 SECONDS = 3  # of training that are timed
 OUT_OF_MEMORY = "out of memory"
@@ -149,7 +149,9 @@ def measure(cases: list[tuple[str, dict]]) -> Iterator[dict]:
         processes = []
         for number, (script, fields) in enumerate(cases):
             command = [sys.executable, __file__, "case", script, json.dumps([fields, LIMITS])]
-            environment = without_xla_flags() | {"JAX_TRACEBACK_FILTERING": "off"}  # the error last
+            environment = without_xla_settings() | {
+                "JAX_TRACEBACK_FILTERING": "off"
+            }  # the error last
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with (Path(folder) / str(number)).open("w") as errors:
                 processes.append(subprocess.Popen(command, stderr=errors, env=environment, **pipes))
@@ -195,7 +197,9 @@ def learn(name: str, until: float) -> None:
     """A slice of a long run: from its checkpoint, if there is one, to the last minute."""
     (maximum, (script, *flags)), run = LEARNING[name], RUNS / name
     resumed = ["--resume", run] if (run / "config.json").exists() else [*flags, "--run-dir", run]
-    process = subprocess.Popen([sys.executable, ROOT / script, *resumed], env=without_xla_flags())
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *resumed], env=without_xla_settings()
+    )
     try:
         process.wait(max(1.0, until - time.time()))
     except subprocess.TimeoutExpired:

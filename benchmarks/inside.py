@@ -17,12 +17,13 @@ from inspect import getdoc
 from pathlib import Path
 from statistics import median
 
-from peers import our_script, our_training
+from peers import our_script, our_training, ours
 from record import metrics_of, parse_tasks, run_script, show, write
 from tasks import FAULT_STEPS, MINATAR
 from tasks import TASKS as SCORED
 
 ROUNDS = {"trxl_speed": 2, "halfcheetah_speed": 3, "growth": 5, "replay_speed": 5, "lstm_speed": 10}
+ROUNDS |= {"one_thread": 3}
 REPLAY_FLAGS = ("prioritized_replay", "linear_decay_sampling", "monitor_gradients")
 REPLAY_CASES = {"none": ()} | {flag: (flag,) for flag in REPLAY_FLAGS} | {"all": REPLAY_FLAGS}
 TRXL = {"env_kwargs": '{"memory_length": 5}', "num_envs": 512, "num_steps": 128}
@@ -41,6 +42,17 @@ AXES = {  # name: script, fixed arguments, the one that grows, its values
     "seeds (ppo.py)": ("ppo", CARTPOLE | {"num_envs": 16}, "num_seeds", [1, 4, 16, 64]),
     "width (ppo.py)": ("ppo", CARTPOLE, "hidden_size", [16, 64, 256, 1024]),
     "memory, steps (ppo_trxl.py)": ("ppo_trxl", CHAIN, "memory_length", [8, 32, 128, 512]),
+}
+THREAD_CASES = {  # scored task, more flags: steps
+    ("pqn_cartpole", ""): 500_000,
+    ("pqn_cartpole", "--num-seeds 8"): 200_000,
+    ("pqn_breakout", ""): 500_000,
+    ("ppo_lunarlander", ""): 500_000,
+    ("ppo_continuous_pendulum", ""): 500_000,
+    ("dqn_cartpole", ""): 150_000,
+    ("a2c_lunarlander", ""): 200_000,
+    ("ppo_lstm_cartpole", ""): 300_000,
+    ("sac_pendulum", ""): 4_000,
 }
 
 
@@ -287,6 +299,17 @@ def lstm_speed() -> Iterator[dict]:
         yield {"script": f"{name}.py", "round": number, "steps_per_second": round(steps / seconds)}
 
 
+def one_thread() -> Iterator[dict]:
+    """Steps/s with one thread of XLA, by PJRT_NPROC, and with one for each core, in turns."""
+    for number in range(ROUNDS["one_thread"]):
+        for (name, more), steps in THREAD_CASES.items():
+            row = {"task": name, "flags": more, "round": number}
+            for threads in (1, os.cpu_count()):
+                command = SCORED[name].script, f"{SCORED[name].flags} {more}", steps
+                speed = ours(*command, PJRT_NPROC=str(threads))[1]
+                yield row | {"threads": threads, "steps_per_second": round(speed)}
+
+
 def in_turns(trains: dict, task: str, calls: int) -> Iterator[tuple]:
     """Name -> training, state; goes on with each for so many iterations -> round, name, seconds."""
     for number in range(ROUNDS[task]):
@@ -298,7 +321,8 @@ def in_turns(trains: dict, task: str, calls: int) -> Iterator[tuple]:
             yield number, name, seconds
 
 
-FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed, replay_speed, lstm_speed)
+FUNCTIONS = (where_time_goes, growth, trxl_speed, halfcheetah_speed, replay_speed)
+FUNCTIONS += (lstm_speed, one_thread)
 TASKS = {function.__name__: function for function in FUNCTIONS}
 TASKS |= {f"pqn_fault_{game.lower()}": partial(pqn_fault, game) for game in MINATAR}
 

@@ -30,7 +30,7 @@ dqn_speed: 10 environments, a gradient step on 128 transitions for each 10 steps
 configuration: 120 x 84, no double Q-learning; PureJaxRL is in no package index, so it is not run.
 The peak is that of a product of the larger layer's size, 128 x 120 x 84, which XLA runs on one core.
 pqn_speed: 32 environments x 64 steps, 4 epochs x 16 minibatches, 64 x 64 networks with LayerNorm, as
-rejax has them and with the XLA flag that pqn.py sets for itself.
+rejax has them and with the XLA flag and the single thread that pqn.py sets for itself.
 ..._jax012: the same with rejax on jax 0.12, which our simulators do not permit yet.
 """
 
@@ -49,10 +49,11 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from record import ROOT, parse_tasks, run_script, show, without_xla_flags, write
+from record import ROOT, parse_tasks, run_script, show, without_xla_settings, write
 
 ROUNDS = 3
 REJAX = ["rejax==0.1.3", "gymnax==0.0.9"]
+WIDE = {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=512"}  # as our scripts set it for themselves
 PEERS = {  # virtual environment: what is installed there, beside the JAX that we run if no other
     "rejax": [*REJAX, "gymnasium<1.4"],
     "rejax-jax012": [*REJAX, "gymnasium==1.4.0", "jax==0.12.0.1"],
@@ -91,22 +92,22 @@ def versions_of(name: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def child(peer: str, function: Callable, *words, xla_flags: str = "", **sizes) -> tuple:
+def child(peer: str, function: Callable, *words, settings: dict | None = None, **sizes) -> tuple:
     """Calls a function of this file in a process of its own, for us (peer "") or a peer
     -> seconds of the whole process, what the function returns."""
     python = python_of(peer) if peer else sys.executable
     command = [python, __file__, "child", function.__name__, json.dumps([words, sizes])]
-    environment = without_xla_flags() | ({"XLA_FLAGS": xla_flags} if xla_flags else {})
+    environment = without_xla_settings() | (settings or {})
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # its own, if it has one
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return time.perf_counter() - start, float(done.stdout.split()[-1])
 
 
-def ours(script: str, flags: str, steps: int) -> tuple[float, float]:
+def ours(script: str, flags: str, steps: int, **environment) -> tuple[float, float]:
     """One of our scripts -> seconds of the whole process, steps/s in steady state."""
     flags = f"{flags} --eval-episodes 0 --total-timesteps {steps}"
-    run = run_script(script, flags, cold=True)
+    run = run_script(script, flags, cold=True, **environment)
     points = [(int(row["step"]), float(row["seconds"])) for row in run.metrics]
     (first, began), (last, ended) = next(x for x in points if x[0] >= steps // 4), points[-1]
     return run.seconds, (last - first) / (ended - began)
@@ -404,6 +405,7 @@ def our_pqn() -> float:
     sizes = {"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "update_epochs": 4}
     sizes |= {"hidden_size": 64, "total_timesteps": 1_000_000, "anneal_lr": False}
     args = pqn.Args(env_id="gymnax::CartPole-v1", **sizes)
+    pqn.use_one_thread(args)
     return time_calls(*our_training(pqn, args), 244, args.batch_size)
 
 
@@ -494,11 +496,10 @@ def beside_sbx(name: str, ours_id: str, theirs_id: str, steps: int) -> Compariso
 
 
 def cartpole_programs(peer: str) -> dict:
-    flag = "--xla_cpu_prefer_vector_width=512"
     return {
         "ppo": partial(child, "", our_ppo, 1),
         "rejax": partial(child, peer, ppo_by_rejax),
-        "rejax_same_flag": partial(child, peer, ppo_by_rejax, xla_flags=flag),
+        "rejax_same_flag": partial(child, peer, ppo_by_rejax, settings=WIDE),
         "ppo_8_seeds": partial(child, "", our_ppo, 8),
         "peak_gflops": partial(child, "", peak, 4096, 4096, 4096, 1),
     }
@@ -517,8 +518,8 @@ def dqn_programs(peer: str) -> dict:
 PQN_PROGRAMS = {
     "pqn": partial(child, "", our_pqn),
     "rejax": partial(child, "rejax", pqn_by_rejax),
-    "rejax_same_flag": partial(
-        child, "rejax", pqn_by_rejax, xla_flags="--xla_cpu_prefer_vector_width=512"
+    "rejax_same_settings": partial(
+        child, "rejax", pqn_by_rejax, settings=WIDE | {"PJRT_NPROC": "1"}
     ),
 }
 NUM_ENVS = [{"num_envs": 4}, {"num_envs": 64}, {"num_envs": 2048}]

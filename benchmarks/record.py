@@ -134,12 +134,12 @@ class Run(NamedTuple):
     evaluation: list[dict]  # the seeds of evaluation.json, [] if there was none
 
 
-def run_script(script: str, flags: str, cold: bool = False) -> Run:
+def run_script(script: str, flags: str, cold: bool = False, **environment) -> Run:
     """One of our scripts as a process; if it is to be timed from cold, without compiled programs."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"} if cold else {}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"} if cold else {}
         command, start = command_of(script, flags, f"{folder}/run"), time.perf_counter()
-        options = {"stdout": subprocess.DEVNULL, "env": without_xla_flags() | environment}
+        options = {"stdout": subprocess.DEVNULL, "env": without_xla_settings() | environment}
         subprocess.run(command, check=True, **options)
         return finished(Path(folder) / "run", time.perf_counter() - start)
 
@@ -164,6 +164,7 @@ def metrics_of(run_dir: Path | str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def without_xla_flags() -> dict:
+def without_xla_settings() -> dict:
     """The environment of a process that is timed: each program sets the flags that it wants."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    own = ("XLA_FLAGS", "PJRT_NPROC")
+    return {name: value for name, value in os.environ.items() if name not in own}

@@ -30,7 +30,7 @@ from record import (
     parse_tasks,
     run_script,
     show,
-    without_xla_flags,
+    without_xla_settings,
     write,
 )
 from tasks import CHAIN, TASKS, TEN, Task
@@ -75,7 +75,7 @@ def launches(name: str, seed: int) -> tuple[list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{task.flags} --target-return {task.target} --seed {seed} --eval-episodes 0"
         command = command_of(task.script, flags, f"{folder}/run")
-        environment = without_xla_flags() | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        environment = without_xla_settings() | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         start = time.time()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for line in process.stdout:
@@ -97,7 +97,7 @@ def speed(name: str, number: int) -> tuple[list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = command_of(task.script, f"{task.flags} --eval-episodes 0", run_dir)
-        options = {"stdout": subprocess.DEVNULL, "env": without_xla_flags()}
+        options = {"stdout": subprocess.DEVNULL, "env": without_xla_settings()}
         process = subprocess.Popen(command, **options)
         while process.poll() is None:
             if metrics_of(run_dir):

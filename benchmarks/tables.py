@@ -267,10 +267,10 @@ def dqn_table() -> str:
 
 
 def pqn_table() -> str:
-    ours, rejax, alike = columns_of(read("pqn_speed"), "pqn", "rejax", "rejax_same_flag")
+    ours, rejax, alike = columns_of(read("pqn_speed"), "pqn", "rejax", "rejax_same_settings")
     speeds = [f"{median(x):,.0f}" for x in (ours, rejax)]
     cells = [*speeds, *[f"{middle_ratio(ours, x):.2f}" for x in (rejax, alike)]]
-    return markdown(["pqn.py", "rejax 0.1.3", "ratio", "with our XLA flag"], [cells])
+    return markdown(["pqn.py", "rejax 0.1.3", "ratio", "with our XLA settings"], [cells])
 
 
 def replay_table() -> str:
@@ -286,6 +286,21 @@ def replay_table() -> str:
         ratios = [middle_ratio(rounds[size, case], rounds[size, "none"]) for size in sizes]
         cells.append([name, *[f"{ratio:.2f}" for ratio in ratios]])
     return markdown(["sac.py", *[f"{int(size):,} transitions" for size in sizes]], cells)
+
+
+def threads_table() -> str:
+    """What one thread of XLA does to the steps/s, as the ratio to those with one for each core."""
+    rounds = {}
+    for row in read("one_thread"):
+        of_case = rounds.setdefault((row["task"], row["flags"]), {})
+        of_case.setdefault(row["threads"], []).append(float(row["steps_per_second"]))
+    cells = []
+    for (name, more), speeds in rounds.items():
+        one, all_cores = speeds.values()
+        label = f"{TASKS[name].script}, {TASKS[name].label}" + (f", `{more}`" if more else "")
+        cells.append([label, *[f"{median(x):,.0f}" for x in (all_cores, one)]])
+        cells[-1].append(f"{middle_ratio(one, all_cores):.2f}")
+    return markdown(["", "a thread for each core", "one thread", "ratio"], cells)
 
 
 def halfcheetah_table() -> str:
@@ -381,6 +396,7 @@ def fill(text: str) -> str:
     tables |= {"trxl speed": trxl_table(), "growth": growth_tables()}
     tables |= {"phases": phases_table(), "machines": machines()}
     tables |= {"halfcheetah speed": halfcheetah_table(), "replay speed": replay_table()}
+    tables |= {"one thread": threads_table()}
     tables["replayed"] = replayed_table()
     for script, task in (("sac", "pendulum"), ("sac", "halfcheetah"), ("td3", "halfcheetah")):
         name = f"{script}_speed_{task}"

@@ -280,7 +280,8 @@ SUITES = {  # simulators in JAX beside gymnax and Craftax: one seed says that le
 TASKS = RESULTS | REPLAY | MEMORY | SUITES
 
 # MemoryChain by its length: the bit is in the first two observations, and the action after `length`
-# steps is to name it (reward 1, or -1). 2,500 episodes or 164k steps, whichever is more.
+# steps is to name it (reward 1, or -1). 2,500 episodes or 164k steps, whichever is more; Transformers
+# that remember 512 steps have 1,000.
 LENGTHS = (8, 32, 128, 512)
 CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps as the chain has
     "ppo": ("no memory (ppo.py)", ""),
@@ -296,6 +297,9 @@ def chain(script: str, length: int) -> Task:
     rollout = "--num-envs 64 --num-steps 128".split()
     if script == "ppo_lstm" and length > 32:  # its gradient goes back no further than a rollout
         rollout = f"--num-envs 16 --num-steps {4 * length}".split()
+    if "trxl" in script and length > 128:  # two whole episodes in a rollout: each has rewards
+        steps, num_steps = 500_000, 64 * (2 * (length + 1) // 64 + 1)
+        rollout = f"--num-envs 8 --num-steps {num_steps} --gae-lambda 0 --no-norm-adv".split()
     words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
     words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout]
     words += ["--learning-rate", "1e-3", "--reward-scale", "1"]

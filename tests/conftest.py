@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Tests that start processes come first, so that none is left to one worker at the end."""
-    first = ["test_devices.py", "test_command_line.py", "test_enjoy.py"]
+    first = ["test_devices.py", "test_command_line.py", "test_tools.py"]
     items.sort(key=lambda item: item.path.name not in first)
     if not config.getoption("--thorough"):
         long = [item for item in items if item.get_closest_marker("thorough")]

@@ -27,6 +27,7 @@ from probes import ALL_SCRIPTS, CONTINUOUS, DISTINCT
 
 import enjoy
 import ppo
+import pqn
 import rppo
 
 SCRIPT = Path(ppo.__file__)
@@ -169,10 +170,29 @@ def test_a_seed_among_several_is_judged_in_the_episodes_of_that_seed_alone(in_pr
     assert read(several)[1] == read(alone)[0] != read(several)[0] | {"seed": 2}
 
 
-@pytest.mark.thorough
+def needs(name):
+    """-> the packages that the script's first lines name, and what it imports."""
+    text = SCRIPT.with_name(f"{name}.py").read_text()
+    block, imported = text.partition("# ///\n")[0], set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            imported.add(ast.unparse(node.args[0]).strip("'"))
+    return block, {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_a_script_names_and_imports_what_one_of_two_does(name):
+    assert needs(name) in [needs("ppo"), needs("dqn")]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_the_packages_that_a_script_names_are_enough(name, tmp_path):
-    """In an environment made from its own block, as `uv run` makes it."""
+    """In an environment made from its own block, as `uv run` makes it: all name and import the same."""
     shutil.copy(SCRIPT.with_name(f"{name}.py"), tmp_path)
     uv = [sys.executable, "-m", "uv", "run", "--no-project", "--python", sys.executable]
     command = [*uv, f"{name}.py", *SHORT_RUNS[name], "--total-timesteps", 2048]
@@ -235,6 +255,49 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
     programs = [path.read_text() for path in (tmp_path / "hlo").glob("*before_optimizations.txt")]
     factorised = re.findall(r"= \(f32\[([\d,]+)\][^=]*custom-call.*geqrf", "\n".join(programs))
     assert factorised and all(shape.count(",") == 1 for shape in factorised)
+
+
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [
+        ({"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "hidden_size": 64}, "1"),
+        ({"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "hidden_size": 256}, None),
+        ({"num_envs": 32, "num_steps": 64, "hidden_size": 64, "num_seeds": 8}, None),
+        (
+            {},
+            None,
+        ),  # it was measured on CartPole: a minibatch of MinAtar is no smaller than an image's
+    ],
+)
+def test_small_networks_get_one_thread_unless_the_user_says_otherwise(flags, threads, monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    pqn.use_one_thread(pqn.Args(**flags))
+    assert os.environ.pop("PJRT_NPROC", None) == threads
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    pqn.use_one_thread(pqn.Args(**flags))
+    assert os.environ["PJRT_NPROC"] == "3"
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("hidden_size", [64, 256])
+def test_the_command_line_starts_jax_with_as_many_threads(hidden_size, tmp_path):
+    flags = (
+        f"--num-minibatches 8 --hidden-size {hidden_size} --total-timesteps 2048 --eval-episodes 0"
+    )
+    program = f"""if True:
+        import os, pathlib, runpy, sys
+        sys.argv = ["pqn.py", *{[*SHORT[:2], *flags.split()]}]
+        runpy.run_path({str(SCRIPT.with_name("pqn.py"))!r}, run_name="__main__")
+        names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+        print(sum("XLAEigen" in name for name in names))
+    """
+    command = [sys.executable, "-c", program]
+    environment = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=True, **options)
+    cores = len(os.sched_getaffinity(0))
+    assert int(done.stdout.split()[-1]) == (1 if hidden_size == 64 else cores)
 
 
 @pytest.mark.thorough
