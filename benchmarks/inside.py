@@ -46,7 +46,6 @@ AXES = {  # name: script, fixed arguments, the one that grows, its values
 THREAD_CASES = {  # scored task, more flags: steps
     ("pqn_cartpole", ""): 500_000,
     ("pqn_cartpole", "--num-seeds 8"): 200_000,
-    ("pqn_breakout", ""): 500_000,
     ("ppo_lunarlander", ""): 500_000,
     ("ppo_continuous_pendulum", ""): 500_000,
     ("dqn_cartpole", ""): 150_000,

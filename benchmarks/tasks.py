@@ -281,7 +281,7 @@ TASKS = RESULTS | REPLAY | MEMORY | SUITES
 
 # MemoryChain by its length: the bit is in the first two observations, and the action after `length`
 # steps is to name it (reward 1, or -1). 2,500 episodes or 164k steps, whichever is more; Transformers
-# that remember 512 steps have 1,000.
+# that remember 512 steps have 967.
 LENGTHS = (8, 32, 128, 512)
 CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps as the chain has
     "ppo": ("no memory (ppo.py)", ""),
@@ -297,13 +297,15 @@ def chain(script: str, length: int) -> Task:
     rollout = "--num-envs 64 --num-steps 128".split()
     if script == "ppo_lstm" and length > 32:  # its gradient goes back no further than a rollout
         rollout = f"--num-envs 16 --num-steps {4 * length}".split()
+    rollout += ["--num-minibatches", "8"]
     if "trxl" in script and length > 128:  # two whole episodes in a rollout: each has rewards
-        steps, num_steps = 500_000, 64 * (2 * (length + 1) // 64 + 1)
-        rollout = f"--num-envs 8 --num-steps {num_steps} --gae-lambda 0 --no-norm-adv".split()
+        steps, windows = 500_000, 2 * (length + 1) // 64 + 1
+        rollout = f"--num-envs 8 --num-steps {64 * windows} --num-minibatches {windows}".split()
+        rollout += ["--gae-lambda", "0", "--no-norm-adv"]
     words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
     words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout]
     words += ["--learning-rate", "1e-3", "--reward-scale", "1"]
-    words += ["--gamma", "0.99", "--num-minibatches", "8", *flags.format(length=length).split()]
+    words += ["--gamma", "0.99", *flags.format(length=length).split()]
     return Task(f"{script}.py", label, shlex.join(words))
 
 
