@@ -263,10 +263,7 @@ def test_the_script_runs_copied_alone_into_an_empty_folder(tmp_path, name):
         ({"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "hidden_size": 64}, "1"),
         ({"num_envs": 32, "num_steps": 64, "num_minibatches": 16, "hidden_size": 256}, None),
         ({"num_envs": 32, "num_steps": 64, "hidden_size": 64, "num_seeds": 8}, None),
-        (
-            {},
-            None,
-        ),  # it was measured on CartPole: a minibatch of MinAtar is no smaller than an image's
+        ({}, None),  # those of images are the same
     ],
 )
 def test_small_networks_get_one_thread_unless_the_user_says_otherwise(flags, threads, monkeypatch):
