@@ -870,7 +870,7 @@ def host_env(num_envs: int, shape: Callable, reset: Callable, step: Callable):
 def call_host(call: Callable, result_type: Any, *args: Array) -> Any:
     """call(*args), in numpy, whenever the compiled program comes to it."""
     if jax.default_backend() != "cpu":
-        return io_callback(call, result_type, *args, ordered=True)
+        return io_callback(call, result_type, *args)  # ordered=True can make XLA abort on GPUs
 
     def write(_, result, *args):  # into JAX's own memory, in an eighth of io_callback's time
         jax.tree.map(lambda x, y: np.copyto(np.asarray(x), y), result, call(*args))

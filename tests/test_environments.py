@@ -209,9 +209,11 @@ def test_envpool_with_64_bit_arrays_is_what_a_plain_loop_gives():
     assert ends
 
 
-def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it(backend, monkeypatch):
     """Two steps with one action, as action repeat makes them: the second one's action does not
     depend on the first one's obs, so nothing but env_state can make it wait for the reset."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     env = ppo.make_env("envpool::LunarLander-v3", 16, seed=5)
 
     @jax.jit
@@ -230,6 +232,21 @@ def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it():
     # A false transition is a reset in the place of a step: no reward, and no motion from obs.
     assert (second.reward[ended] != 0).all()
     assert (second.next_obs[ended] != first.obs[ended]).any(axis=1).all()
+
+
+def test_a_gpu_s_program_has_no_tokens_of_xla(monkeypatch):
+    """Its compiler for GPUs aborts ("Check failed: shape.IsArray()") on many of the loops that pass
+    one on, as ordered callbacks do: so did ppo.py, pqn.py and ppo_continuous.py on EnvPool."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    env = ppo.make_env("envpool::CartPole-v1", 2)
+
+    @jax.jit
+    def run(key, action):
+        step = lambda env_state, _: env.step(key, env_state, action)
+        return jax.lax.scan(step, env.reset(key)[0], length=3)
+
+    program = run.lower(jax.random.key(0), np.zeros(2, np.int32)).as_text()
+    assert program.count("callback") >= 2 and "token" not in program
 
 
 def test_numbers_as_observations_become_one_hot():
