@@ -64,6 +64,7 @@ from functools import partial
 from importlib import import_module, metadata, util
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import flashbax
@@ -782,7 +783,7 @@ def action_spec(actions: Any) -> tuple[int, np.ndarray | None, np.ndarray | None
 
 def gymnax_env(name: str, **kwargs) -> tuple:
     """Arguments go to the environment's parameters where they have such a field, else to itself."""
-    gymnax = import_module("gymnax")
+    gymnax = import_gymnax()
     changes = {x: kwargs.pop(x) for x in vars(gymnax.make(name)[1]) if x in kwargs}
     env, params = gymnax.make(name, **kwargs)
     params = params.replace(**changes)
@@ -792,6 +793,21 @@ def gymnax_env(name: str, **kwargs) -> tuple:
         return obs, state, reward, terminated, env.is_truncated(state, params)
 
     return partial(env.reset_env, params=params), step, env.action_space(params)
+
+
+def import_gymnax() -> Any:
+    """gymnax in a sixth of the time: what it needs only to draw is loaded when it is used."""
+
+    class Later(ModuleType):
+        __getattr__ = lambda self, name: getattr(import_module(self.__name__), name)
+
+    later = {x: Later(x) for x in ("seaborn", "matplotlib.pyplot") if x not in sys.modules}
+    try:
+        sys.modules.update(later)
+        return import_module("gymnax")
+    finally:  # whoever imports them elsewhere has the real ones
+        for name in later:
+            del sys.modules[name]
 
 
 def vmap_env(num_envs: int, shape: Callable, reset: Callable, step: Callable, envs_per_reset=1):

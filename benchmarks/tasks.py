@@ -110,7 +110,7 @@ HALFCHEETAH_BY_SAC = (
 )
 HALFCHEETAH_BY_TD3 = (
     "--env-id envpool::HalfCheetah-v5 --learning-starts 10000 --total-timesteps 200000 "
-    "--buffer-size 200000 --policy-lr 3e-4 --q-lr 3e-4"
+    "--buffer-size 200000 --policy-lr 3e-4"
 )
 MASKED, CHAIN_100 = "CartPole-v1 without velocities", "MemoryChain-bsuite, 100 steps"
 CONTROL = ", the control"

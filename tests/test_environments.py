@@ -3,6 +3,7 @@
 Each is stepped with random actions and compared with a plain loop over the simulator itself.
 """
 
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 import ppo
 
+ROOT = Path(ppo.__file__).parent
 ENVPOOL_KWARGS = '{"max_episode_steps": 60}'
 
 
@@ -317,6 +319,26 @@ def test_gymnax_grids_become_vectors():
 
 
 # --- craftax --------------------------------------------------------------------------------------
+
+
+def test_gymnax_loads_what_it_draws_with_when_it_draws():
+    """In a process of its own, as here everything is loaded already."""
+    program = """
+        import sys
+        import ppo
+
+        ppo.make_env("gymnax::CartPole-v1", 2)
+        assert not {"seaborn", "pandas", "scipy.stats", "matplotlib.pyplot"} & set(sys.modules)
+        import matplotlib.pyplot, seaborn
+        from gymnax.environments.misc import pong
+
+        assert pong.sns.heatmap is seaborn.heatmap
+        assert pong.plt.figure is matplotlib.pyplot.figure
+        loaded = sys.modules["seaborn"]
+        ppo.make_env("gymnax::CartPole-v1", 2)
+        assert sys.modules["seaborn"] is loaded
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=True)
 
 
 @pytest.mark.thorough
