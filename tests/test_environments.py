@@ -6,6 +6,7 @@ Each is stepped with random actions and compared with a plain loop over the simu
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium
@@ -234,6 +235,24 @@ def test_envpool_steps_wait_for_the_reset_even_if_the_action_does_not_need_it(ba
     # A false transition is a reset in the place of a step: no reward, and no motion from obs.
     assert (second.reward[ended] != 0).all()
     assert (second.next_obs[ended] != first.obs[ended]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_step_s_call_is_given_what_the_one_before_returned(backend, monkeypatch):
+    """Nothing else orders them: neither road asks JAX for ordered calls."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    env = ppo.make_env("envpool::CartPole-v1", 2)
+
+    def steps(key, action):
+        env_state, _ = env.reset(key)
+        env_state, _ = env.step(key, env_state, action)
+        return env.step(key, env_state, action)
+
+    equations = jax.make_jaxpr(steps)(jax.random.key(0), np.zeros(2, np.int32)).eqns
+    calls = [x for x in equations if "callback" in x.primitive.name]
+    assert len(calls) == 3
+    for before, call in pairwise(calls):
+        assert any(x is y for x in call.invars for y in before.outvars)
 
 
 def test_a_gpu_s_program_has_no_tokens_of_xla(monkeypatch):
