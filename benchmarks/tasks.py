@@ -190,7 +190,7 @@ RESULTS = {
         "td3.py",
         "HalfCheetah-v5, on a GPU",
         "--env-id envpool::HalfCheetah-v5 --learning-starts 10000 --num-envs 8 --num-steps 125 "
-        "--buffer-size 1000000 --total-timesteps 1000000 --policy-lr 3e-4 --q-lr 3e-4",
+        "--buffer-size 1000000 --total-timesteps 1000000 --policy-lr 3e-4",
     ),
 }
 REPLAY = {  # which transitions are replayed: beside the tasks of the same name without the flag
