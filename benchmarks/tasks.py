@@ -123,10 +123,12 @@ CHAIN_32 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 32}' --num-steps 66 "
     "--reward-scale 1"
 )
+# With rewards of 1, one answer in 129 steps or more gives gradients below Adam's epsilon.
+RARE_REWARDS = "--no-norm-adv --reward-scale 100 --vf-coef 0.005"
 CHAIN_128 = (
     "--env-id gymnax::MemoryChain-bsuite --env-kwargs '{\"memory_length\": 128}' --num-steps 512 "
-    "--total-timesteps 1000000 --learning-rate 1e-3 --num-minibatches 8 --reward-scale 1 "
-    "--chrono-length 128"
+    "--total-timesteps 320000 --learning-rate 1e-3 --num-minibatches 8 --chrono-length 128 "
+    f"--gae-lambda 0 {RARE_REWARDS}"
 )
 CHAIN_CONTROL = f"MemoryChain-bsuite, 32 steps{CONTROL}"
 CARTPOLE_BY_TRXL = f"{MASKED_CARTPOLE} --memory-length 32 --window-length 32"
@@ -294,19 +296,17 @@ CHAIN_SCRIPTS = {  # name: label, flags. The Transformers remember as many steps
 def chain(script: str, length: int) -> Task:
     label, flags = CHAIN_SCRIPTS[script]
     steps = max(20 * 64 * 128, 2_500 * (length + 1))
-    rollout = "--num-envs 64 --num-steps 128".split()
-    scale = "--learning-rate 1e-3 --reward-scale 1".split()
+    rollout, scale = "--num-envs 64 --num-steps 128", "--learning-rate 1e-3 --reward-scale 1"
     if script == "ppo_lstm" and length > 32:  # its gradient goes back no further than a rollout
-        rollout = f"--num-envs 16 --num-steps {4 * length}".split()
-    rollout += ["--num-minibatches", "8"]
+        rollout = f"--num-envs 16 --num-steps {4 * length}"
+        scale = f"--learning-rate 1e-3 --gae-lambda 0 {RARE_REWARDS}"
+    rollout += " --num-minibatches 8"
     if "trxl" in script and length > 128:  # two whole episodes in a rollout: each has rewards
         steps, windows = 250_000, 2 * (length + 1) // 64 + 1
-        rollout = f"--num-envs 8 --num-steps {64 * windows} --num-minibatches {windows}".split()
-        rollout += "--update-epochs 10 --gae-lambda 0 --no-norm-adv".split()
-        # With rewards of 1, one answer in 513 steps gives gradients below Adam's epsilon.
-        scale = "--learning-rate 3e-4 --reward-scale 100 --vf-coef 0.005".split()
+        rollout = f"--num-envs 8 --num-steps {64 * windows} --num-minibatches {windows}"
+        scale = f"--update-epochs 10 --learning-rate 3e-4 --gae-lambda 0 {RARE_REWARDS}"
     words = ["--env-id", "gymnax::MemoryChain-bsuite", "--total-timesteps", str(steps)]
-    words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout, *scale]
+    words += ["--env-kwargs", f'{{"memory_length": {length}}}', *rollout.split(), *scale.split()]
     words += ["--gamma", "0.99", *flags.format(length=length).split()]
     return Task(f"{script}.py", label, shlex.join(words))
 
