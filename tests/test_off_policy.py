@@ -618,6 +618,15 @@ def test_sacd_s_targets_are_exact_expectations(aggregate, critic_entropy):
     values = np.array(q_values) + 0.7 * ENTROPY * critic_entropy
     np.testing.assert_allclose(targets, [*([2.0, 4.0] + 0.5 * values), 8.0], rtol=1e-5)
 
+    probs = jnp.array([0.2, 0.8])
+    q_values = getattr(TableCritics()(SACD_BATCH.next_obs), aggregate)(axis=0)
+    q_values -= 0.7 * critic_entropy * jnp.log(probs)
+    rewards, discounts = 2.0 * SACD_BATCH.reward, 0.5 * ~SACD_BATCH.terminated
+    errors = jax.vmap(rlax.expected_sarsa, in_axes=(0, 0, 0, 0, 0, None))(
+        jnp.zeros((3, 2)), SACD_BATCH.action, rewards, discounts, q_values, probs
+    )
+    np.testing.assert_allclose(targets, errors, rtol=1e-5)
+
 
 def test_sacd_s_actor_loss_sums_over_actions():
     """Its gradient by hand: that of a softmax policy's expectation."""
