@@ -90,7 +90,7 @@ class Args:
     total_timesteps: int = 3_000_000  # environment steps of each agent
     num_envs: int = 8  # parallel environments, of all actors together
     num_steps: int = 64  # steps in each environment between two updates
-    learning_rate: float = 3e-3  # Adam's step size at the start
+    learning_rate: float = 2e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the step size fall linearly to 0 over the run
     gamma: float = 0.997  # discount factor
     num_actor_threads: int = 1  # threads on each actor device

@@ -136,8 +136,9 @@ CARTPOLE_BY_PPO = (
     f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-envs 16 --num-minibatches 4 "
     "--learning-rate 2e-3 --gamma 0.99"
 )
-CARTPOLE_BY_IMPALA = (
-    f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-steps 32 --gamma 0.99 --ent-coef 0.003"
+CARTPOLE_BY_IMPALA = (  # what impala_lstm.py has by default
+    f"{MASKED_CARTPOLE} --total-timesteps 500000 --num-steps 32 --learning-rate 3e-3 --gamma 0.99 "
+    "--ent-coef 0.003"
 )
 LANDER_BY_LSTM = (
     "--env-id envpool::LunarLander-v3 --total-timesteps 1000000 --num-envs 64 --num-minibatches 16 "
@@ -248,7 +249,7 @@ MEMORY = {
     "impala_memorychain": Task(
         "impala.py",
         f"MemoryChain-bsuite, 8 steps{CONTROL}",
-        f"--total-timesteps 500000 --gamma 0.99 {CHAIN_8}",
+        f"--total-timesteps 500000 --learning-rate 3e-3 --gamma 0.99 {CHAIN_8}",
         bar=1,
     ),
     "ppo_lstm_lunarlander": Task(
