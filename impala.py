@@ -25,7 +25,7 @@ Cleanba, Huang et al. 2023, arXiv:2310.00036 (queues of length one).
     python impala.py --num-envs 12 --actor-device-ids 0 --learner-device-ids 1 2 3     # four GPUs
 
 Expected, on two CPU cores: greedy return 258 +- 16 after 3M steps (mean and std of 10 seeds, 100
-episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 45 s after the launch
+episodes each in Gymnasium's LunarLander-v3); --target-return 200 ends 54 s after the launch
 (median).
 
 While the learner updates on one batch, the actors play the next with the agent from before that
